@@ -1,0 +1,66 @@
+"""An adapter as a value: what a file holds and a bank can bind.  Knows paths of sites, but no model."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rankwise.adapters.lowrank import LowRank
+from rankwise.adapters.spec import LoraSpec
+from rankwise.errors import BankError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def checked_name(name: str) -> str:
+    """An adapter's name, if it is one.  Names are opaque: compared whole, never a path, a key or a pattern."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise BankError(
+            f"{name!r} is not an adapter name",
+            hint="1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit",
+        )
+    return name
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A spec and what became of it.
+
+    Attributes:
+        spec: as asked for; ranks and scales are read from `sites`, never from here.
+        sites: path → factors, in the model's order.
+        modules: path → parameter name → tensor, for layers trained whole (`modules_to_save`).
+        expects: path → frozen weight that was stored along and that the base must hold.
+    """
+
+    spec: LoraSpec
+    sites: Mapping[str, LowRank]
+    modules: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    expects: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor under a stable name: `<site>.A`, `<site>.B`, `<module>.<parameter>`."""
+        for path, factors in self.sites.items():
+            yield f"{path}.A", factors.A.detach()
+            yield f"{path}.B", factors.B.detach()
+        for path, parameters in self.modules.items():
+            for name, tensor in parameters.items():
+                yield f"{path}.{name}", tensor.detach()
+
+    def parameter_count(self) -> int:
+        return sum(tensor.numel() for _, tensor in self.tensors())
+
+    def digest(self) -> str:
+        """SHA-256 of names, scales, shapes and bytes: equal if and only if the adapters are."""
+        sha = hashlib.sha256()
+        for path, factors in self.sites.items():
+            sha.update(f"{path} {factors.scale!r}\n".encode())
+        for name, tensor in self.tensors():
+            sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            sha.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return sha.hexdigest()

@@ -1,0 +1,98 @@
+"""The fused low-rank product: one pass over the frozen weight, then each segment of rows through its own A and B.
+
+    y[n] = x[n]·Wᵀ + bias + s·(drop(x[n])·Aᵀ)·Bᵀ        for the rows n of a segment
+
+Shape letters: N rows, I inputs, O outputs, R rank.  W is [O, I], A [R, I], B [O, R].
+
+What makes it fast and light (accounting in docs/engine.md): the low-rank part is added into the output of the base
+product; no gradient of W is ever made; nothing but x and the N × R shrink is kept; A and B are float32 masters,
+rounded to the activations' type for the products only; both parts of dX meet in one buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows `start` up to `stop` go through one adapter; `keep` is its dropout mask over them, or None."""
+
+    start: int
+    stop: int
+    A: Tensor
+    B: Tensor
+    scale: float
+    dropout: float = 0.0
+    keep: Tensor | None = None
+
+
+def low_rank_product(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[Part]) -> Tensor:
+    """`[..., I]` → `[..., O]`; rows are counted over the leading dimensions, flattened.
+
+    Rows in no part pass through the base alone.  `weight` and `bias` are constants.
+    """
+    if not (torch.is_grad_enabled() and (x.requires_grad or any(p.A.requires_grad for p in parts))):
+        return _forward(x, weight, bias, parts, [])
+    factors = [t for part in parts for t in (part.A, part.B)]
+    return _LowRankProduct.apply(x, weight, bias, tuple(parts), *factors)
+
+
+def _dropped(x: Tensor, part: Part) -> Tensor:
+    return x if part.keep is None else x.mul(part.keep).mul_(1 / (1 - part.dropout))
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[Part], shrinks: list[Tensor]) -> Tensor:
+    y = F.linear(x, weight, bias)  # the very call the base makes, so that a fresh adapter changes no bit
+    flat_x, flat_y = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+    for part in parts:
+        rows = slice(part.start, part.stop)
+        shrink = _dropped(flat_x[rows], part) @ part.A.detach().to(x.dtype).t()
+        flat_y[rows].addmm_(shrink, part.B.detach().to(x.dtype).t(), alpha=part.scale)
+        shrinks.append(shrink)
+    return y
+
+
+class _LowRankProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, parts: tuple[Part, ...], *factors: Tensor
+    ) -> Tensor:
+        shrinks: list[Tensor] = []
+        y = _forward(x, weight, bias, parts, shrinks)
+        ctx.save_for_backward(x, weight, *factors, *shrinks)
+        ctx.parts = [(part.start, part.stop, part.scale, part.dropout, part.keep) for part in parts]
+        ctx.set_materialize_grads(False)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        (g,) = grads
+        x, weight, *rest = ctx.saved_tensors
+        count, shape = len(ctx.parts), x.shape
+        if g is None:
+            return (None,) * (4 + 2 * count)
+        x, g = x.reshape(-1, shape[-1]), g.reshape(-1, g.shape[-1])
+        factors, shrinks = rest[: 2 * count], rest[2 * count :]
+        dx = g @ weight if ctx.needs_input_grad[0] else None
+        found: list[Tensor | None] = []
+        for i, (start, stop, scale, dropout, keep) in enumerate(ctx.parts):
+            A, B = factors[2 * i], factors[2 * i + 1]
+            rows, part = slice(start, stop), Part(start, stop, A, B, scale, dropout, keep)
+            d_shrink = (g[rows] @ B.to(g.dtype)).mul_(scale)
+            needs_A, needs_B = ctx.needs_input_grad[4 + 2 * i : 6 + 2 * i]
+            found.append((d_shrink.t() @ _dropped(x[rows], part)).to(A.dtype) if needs_A else None)
+            found.append((shrinks[i].t() @ g[rows]).t().to(B.dtype).mul_(scale) if needs_B else None)
+            if dx is None:
+                continue
+            if keep is None:
+                dx[rows].addmm_(d_shrink, A.to(g.dtype))
+            else:
+                dx[rows].add_(_dropped(d_shrink @ A.to(g.dtype), part))
+        return (None if dx is None else dx.view(shape), None, None, None, *found)

@@ -1,0 +1,25 @@
+"""The factor s in W + s·B·A, from alpha and the rank of the site.  Torch-free."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal, get_args
+
+Scaling = Literal["alpha/r", "alpha/sqrt(r)", "alpha"]
+
+_RULES: dict[Scaling, Callable[[float, int], float]] = {
+    "alpha/r": lambda alpha, rank: alpha / rank,  # LoRA, arXiv:2106.09685 §4.1
+    "alpha/sqrt(r)": lambda alpha, rank: alpha / math.sqrt(rank),  # rsLoRA, arXiv:2312.03732 theorem 3.2
+    "alpha": lambda alpha, rank: alpha,  # direct, as in mlx-lm
+}
+assert set(_RULES) == set(get_args(Scaling))
+
+
+def effective_scale(rule: Scaling, alpha: float, rank: int) -> float:
+    """S for one site.
+
+    >>> [effective_scale(rule, 32, 16) for rule in ("alpha/r", "alpha/sqrt(r)", "alpha")]
+    [2.0, 8.0, 32]
+    """
+    return _RULES[rule](alpha, rank)

@@ -1,0 +1,104 @@
+"""What is asked for: the four axes, the sites, the start.  Torch-free.
+
+axis      choices                                   the names people know
+form      lora                                      LoRA
+scaling   alpha/r · alpha/sqrt(r) · alpha           LoRA · rsLoRA · direct
+storage   dense                                     16- or 32-bit base
+rates     one                                       one learning rate for A and B
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from rankwise.adapters.presets import SCENARIOS, TARGET_ROLES
+from rankwise.adapters.scaling import Scaling, effective_scale
+from rankwise.errors import SpecError, nearest
+from rankwise.settings import Settings
+
+Rank = Annotated[int, Field(ge=1)]
+Alpha = Annotated[float, Field(gt=0)]
+
+
+class LoraSpec(Settings):
+    """An adapter before it exists.
+
+    Args:
+        rank: rows of A and columns of B at every site that `rank_pattern` does not name.
+        alpha: numerator of the scale at every site that `alpha_pattern` does not name.
+        targets: a preset (`minimal`, `attention`, `mlp`, `all-linear`), a list of layer names (whole paths or their
+            last parts), or a regular expression that matches whole paths.
+        form, scaling, storage, rates: the four axes.
+        dropout: probability with which an input element of the adapter branch is zeroed in training.
+        init: how A starts; B starts at zero, so that training starts at the base (for embeddings A and B swap roles).
+        rank_pattern, alpha_pattern: pattern → value for single sites.  A pattern is a regular expression that matches
+            the whole path or its last parts; the first match wins, as in PEFT.
+        modules_to_save: layers trained whole, as copies, and stored with the adapter.
+
+    Raises:
+        SpecError: lists every unknown name and impossible value.
+    """
+
+    rank: Rank = 16
+    alpha: Alpha = 32
+    targets: str | tuple[str, ...] = "all-linear"
+    form: Literal["lora"] = "lora"
+    scaling: Scaling = "alpha/r"
+    storage: Literal["dense"] = "dense"
+    rates: Literal["one"] = "one"
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    init: Literal["kaiming", "gaussian"] = "kaiming"
+    rank_pattern: dict[str, Rank] = Field(default_factory=dict)
+    alpha_pattern: dict[str, Alpha] = Field(default_factory=dict)
+    modules_to_save: tuple[str, ...] = ()
+
+    @field_validator("targets", mode="after")
+    @classmethod
+    def _targets_can_be_read(cls, targets: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not targets:
+            raise ValueError("names no layer; use a preset such as 'all-linear' or a list of names")
+        if isinstance(targets, str) and targets not in TARGET_ROLES:
+            _compile(targets)
+        return targets
+
+    @field_validator("rank_pattern", "alpha_pattern", mode="after")
+    @classmethod
+    def _patterns_can_be_read(cls, pattern: dict[str, Any]) -> dict[str, Any]:
+        for key in pattern:
+            _compile(key)
+        return pattern
+
+    @classmethod
+    def scenario(cls, name: str, **changes: Any) -> LoraSpec:
+        """The starting point the guides give for a scenario: `quick`, `general`, `complex` or `limited`."""
+        if name not in SCENARIOS:
+            raise SpecError(
+                f"no scenario {name!r}{nearest(name, list(SCENARIOS))}", hint=f"one of {', '.join(SCENARIOS)}"
+            )
+        chosen = SCENARIOS[name]
+        return cls(**{"rank": chosen.rank, "alpha": chosen.alpha, "targets": chosen.targets, **changes})
+
+    def rank_at(self, path: str) -> int:
+        return self.rank_pattern.get(matching_pattern(self.rank_pattern, path) or "", self.rank)
+
+    def alpha_at(self, path: str) -> float:
+        return self.alpha_pattern.get(matching_pattern(self.alpha_pattern, path) or "", self.alpha)
+
+    def scale_at(self, path: str) -> float:
+        """The effective factor s in W + s·B·A at a site."""
+        return effective_scale(self.scaling, self.alpha_at(path), self.rank_at(path))
+
+
+def matching_pattern(patterns: dict[str, Any], path: str) -> str | None:
+    """The first key that matches the whole path or its last parts, as a regular expression: PEFT's rule."""
+    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", path)), None)
+
+
+def _compile(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None

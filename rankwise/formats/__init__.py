@@ -1,0 +1,1 @@
+"""Adapters on disk: PEFT's folder, read and written; tensors checked before they are believed."""

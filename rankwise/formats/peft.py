@@ -1,0 +1,230 @@
+"""PEFT's adapter folder, both ways: adapter_config.json and adapter_model.safetensors (PEFT 0.18 to 0.21).
+
+A config is data: known keys are read, keys that would change the result in a way rankwise does not know are errors,
+keys that change nothing are ignored; nothing in it is ever imported or run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rankwise.adapters.adapter import Adapter
+from rankwise.adapters.lowrank import LowRank
+from rankwise.adapters.spec import LoraSpec
+from rankwise.errors import AdapterFileError, listing
+from rankwise.formats.tensors import read_tensors, write_tensors, write_text
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_FROZEN = ".base_layer.weight"  # an embedding's own matrix, which PEFT stores along when the embedding is targeted
+_FACTOR = re.compile(r"(?P<path>.+)\.(?:lora_(?P<linear>[AB])\.weight|lora_embedding_(?P<lookup>[AB]))")
+
+# Keys that change what the stored tensors mean, with the values under which they change nothing.
+_MUST_BE: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "lora_bias": (False,),
+    "use_dora": (False,),
+    "use_qalora": (False,),
+    "use_bdlora": (None, False),
+    "layer_replication": (None,),
+    "target_parameters": (None, [], {}),
+    "trainable_token_indices": (None,),
+    "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    "velora_config": (None,),
+    "ensure_weight_tying": (None, False),
+}
+# Keys that are read here, or say only which layers were chosen, how training began, or who wrote the file.
+# fmt: off
+_KNOWN = _MUST_BE.keys() | {
+    "r", "lora_alpha", "target_modules", "use_rslora", "lora_dropout", "rank_pattern", "alpha_pattern",
+    "modules_to_save", "base_model_name_or_path", "revision", "task_type", "peft_version", "inference_mode",
+    "fan_in_fan_out", "auto_mapping", "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights",
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "megatron_config",
+    "megatron_core", "runtime_config",
+}
+# fmt: on
+# Starts that leave a changed base behind; every other value only says how the tensors once began.
+_CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """An adapter from a folder in PEFT's format.
+
+    Raises:
+        AdapterFileError: a file is missing or damaged, the config asks for what is not known, a tensor's name or rank
+            does not agree with the config; all of it listed.
+    """
+    config = _read_config(folder / CONFIG)
+    stored = read_tensors(folder / WEIGHTS)
+    factors, rest = _sorted_out(stored)
+    spec = _spec(config)
+    problems, sites = [], {}
+    for path, pair in factors.items():
+        if pair.keys() != {"A", "B"}:
+            problems.append(f"{path}: has {' and '.join(sorted(pair))} only, of A and B")
+        elif pair["A"].shape[0] != pair["B"].shape[1]:
+            problems.append(f"{path}: A has rank {pair['A'].shape[0]}, B rank {pair['B'].shape[1]}")
+        elif pair["A"].shape[0] != spec.rank_at(path):
+            problems.append(f"{path}: rank {pair['A'].shape[0]} in the tensors, {spec.rank_at(path)} in the config")
+        else:
+            sites[path] = LowRank(pair["A"].float(), pair["B"].float(), spec.scale_at(path), spec.dropout)
+    frozen = {key.removesuffix(_FROZEN): rest.pop(key) for key in list(rest) if key.endswith(_FROZEN)}
+    modules, strangers = _modules(rest, spec.modules_to_save)
+    problems += [f"{key}: neither a factor nor part of modules_to_save" for key in strangers]
+    if problems:
+        raise AdapterFileError(f"{folder}: {len(problems)} parts cannot be understood:\n{listing(problems)}")
+    if not sites and not modules:
+        raise AdapterFileError(f"{folder / WEIGHTS}: holds no tensor")
+    return Adapter(spec, sites, modules, frozen)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise AdapterFileError(f"{path}: no such file", hint=f"an adapter folder holds {CONFIG} and {WEIGHTS}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise AdapterFileError(f"{path}: not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise AdapterFileError(f"{path}: expected an object, found {type(config).__name__}")
+    problems = [
+        f"{key} = {config[key]!r}: only {' or '.join(map(repr, allowed))} can be read"
+        for key, allowed in _MUST_BE.items()
+        if key in config and config[key] not in allowed
+    ]
+    init = str(config.get("init_lora_weights", True)).lower()
+    if init.startswith(_CHANGES_BASE):
+        problems.append(
+            f"init_lora_weights = {init!r}: the tensors belong to a base changed at the start, not to the original; "
+            "save it with PEFT's path_initial_model_for_weight_conversion"
+        )
+    problems += [f"{key} = {config[key]!r}: not known here" for key in config if key not in _KNOWN and config[key]]
+    if problems:
+        raise AdapterFileError(f"{path}: {len(problems)} settings cannot be honoured:\n{listing(problems)}")
+    return config
+
+
+def _spec(config: Mapping[str, Any]) -> LoraSpec:
+    targets = config.get("target_modules") or ".*"
+    return LoraSpec(
+        rank=config.get("r", 8),
+        alpha=config.get("lora_alpha", 8),
+        targets=targets if isinstance(targets, str) else tuple(sorted(targets)),
+        scaling="alpha/sqrt(r)" if config.get("use_rslora") else "alpha/r",
+        dropout=config.get("lora_dropout") or 0.0,
+        rank_pattern=config.get("rank_pattern") or {},
+        alpha_pattern=config.get("alpha_pattern") or {},
+        modules_to_save=tuple(config.get("modules_to_save") or ()),
+    )
+
+
+def _sorted_out(stored: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Factors by site path, and the tensors that are none."""
+    factors: dict[str, dict[str, Tensor]] = {}
+    rest: dict[str, Tensor] = {}
+    for key, tensor in stored.items():
+        name = key.removeprefix(_PREFIX)
+        match = _FACTOR.fullmatch(name)
+        if match:
+            factors.setdefault(match["path"], {})[match["linear"] or match["lookup"]] = tensor
+        else:
+            rest[name] = tensor
+    return factors, rest
+
+
+def _modules(rest: Mapping[str, Tensor], names: tuple[str, ...]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """Tensors of modules trained whole by module path, and the keys that belong to none."""
+    modules: dict[str, dict[str, Tensor]] = {}
+    strangers = []
+    for key, tensor in rest.items():
+        path = next((p for p in _ancestors(key) if any(p == n or p.endswith(f".{n}") for n in names)), None)
+        if path is None:
+            strangers.append(key)
+        else:
+            modules.setdefault(path, {})[key.removeprefix(f"{path}.")] = tensor.float()
+    return modules, strangers
+
+
+def _ancestors(key: str) -> list[str]:
+    parts = key.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
+
+
+def write_adapter(
+    folder: Path, adapter: Adapter, kinds: Mapping[str, str], modules: tuple[str, ...], base: str, task: str | None
+) -> None:
+    """Writes a folder that PEFT, vLLM and the rest of the ecosystem read.
+
+    Args:
+        folder: made if need be; the config is written last.
+        adapter: what to write.
+        kinds: the kind of each site (`surgery/kinds.py`), for the names of its tensors.
+        modules: every module path of the model, to say shortly which are targeted.
+        base: name or path of the base model.
+        task: PEFT's task type, or None.
+    """
+    tensors: dict[str, Tensor] = {}
+    for path, factors in adapter.sites.items():
+        stem = f"{_PREFIX}{path}.lora_" + ("embedding_{}" if kinds[path] == "embedding" else "{}.weight")
+        tensors[stem.format("A")], tensors[stem.format("B")] = factors.A, factors.B
+    for path, parameters in adapter.modules.items():
+        tensors.update({f"{_PREFIX}{path}.{name}": tensor for name, tensor in parameters.items()})
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
+    config = _config(adapter, modules) | {
+        "base_model_name_or_path": base,
+        "fan_in_fan_out": "conv1d-linear" in kinds.values(),
+        "task_type": task,
+    }
+    write_text(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def _config(adapter: Adapter, modules: tuple[str, ...]) -> dict[str, Any]:
+    """Ranks come from the tensors and alphas from the scales: PEFT must arrive at exactly these."""
+    spec = adapter.spec
+    rooted = spec.scaling == "alpha/sqrt(r)"
+    ranks = {path: factors.rank for path, factors in adapter.sites.items()}
+    alphas = {path: f.scale * (f.rank**0.5 if rooted else f.rank) for path, f in adapter.sites.items()}
+    alphas = {path: float(f"{alpha:.14g}") for path, alpha in alphas.items()}  # 32 / 6 * 6 is 32
+    rank, alpha = _commonest(ranks, spec.rank), float(_commonest(alphas, spec.alpha))
+    return {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": _plain(alpha),
+        "rank_pattern": {re.escape(p): r for p, r in ranks.items() if r != rank},
+        "alpha_pattern": {re.escape(p): _plain(a) for p, a in alphas.items() if a != alpha},
+        "target_modules": _targets(tuple(adapter.sites), modules),
+        "modules_to_save": list(adapter.modules) or None,
+        "lora_dropout": spec.dropout,
+        "use_rslora": rooted,
+        "use_dora": False,
+        "bias": "none",
+        "inference_mode": True,
+        "init_lora_weights": True,
+    }
+
+
+def _commonest(values: Mapping[str, Any], otherwise: Any) -> Any:
+    return max(set(values.values()), key=list(values.values()).count) if values else otherwise
+
+
+def _plain(alpha: float) -> float | int:
+    """A whole number is written as one."""
+    return int(alpha) if alpha.is_integer() else alpha
+
+
+def _targets(paths: tuple[str, ...], modules: tuple[str, ...]) -> list[str]:
+    """The last parts of the paths where they mean these sites and no other module; else the whole paths."""
+    leaves = {path.rsplit(".", 1)[-1] for path in paths}
+    meant = {m for m in modules if m.rsplit(".", 1)[-1] in leaves}
+    return sorted(leaves if meant == set(paths) else paths)

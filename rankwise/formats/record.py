@@ -1,0 +1,69 @@
+"""rankwise.json: what PEFT's config has no place for.  Closed schema, versioned, written last."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rankwise.adapters.adapter import Adapter
+from rankwise.errors import AdapterFileError, AdapterMismatchError
+from rankwise.formats.tensors import write_text
+
+RECORD = "rankwise.json"
+SCHEMA = 1
+
+
+def describe(adapter: Adapter, base: str, fingerprint: str, facts: dict[str, Any]) -> dict[str, Any]:
+    """The record of an adapter; `facts` are the run's own (data digests, template hash, metrics)."""
+    return {
+        "schema": SCHEMA,
+        "spec": adapter.spec.model_dump(mode="json"),
+        "base": {"name": base, "fingerprint": fingerprint},
+        "digest": adapter.digest(),
+        "parameters": adapter.parameter_count(),
+        "sites": {
+            path: {"rank": factors.rank, "scale": factors.scale, "alpha": adapter.spec.alpha_at(path)}
+            for path, factors in adapter.sites.items()
+        },
+        "modules": sorted(adapter.modules),
+        **facts,
+    }
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    write_text(folder / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """The record beside an adapter, or None where another tool wrote it.
+
+    Raises:
+        AdapterFileError: it is not JSON, or of a schema newer than this version knows.
+    """
+    path = folder / RECORD
+    if not path.exists():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        schema = record["schema"]
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise AdapterFileError(f"{path}: not a rankwise record: {error!r}") from None
+    if schema != SCHEMA:
+        raise AdapterFileError(f"{path}: schema {schema!r}, this version reads {SCHEMA}", hint="update rankwise")
+    return record
+
+
+def check_base(record: dict[str, Any] | None, fingerprint: str, folder: Path) -> None:
+    """Whether the base at hand is the one the adapter was trained on; without a record nobody knows.
+
+    Raises:
+        AdapterMismatchError: its weights are others.
+    """
+    if record is None or record["base"]["fingerprint"] == fingerprint:
+        return
+    raise AdapterMismatchError(
+        f"{folder}: trained on {record['base']['name']!r} with fingerprint {record['base']['fingerprint'][:12]}…, "
+        f"this base has {fingerprint[:12]}…",
+        hint="use that base; to load it onto this one all the same, say force=True (--force)",
+    )

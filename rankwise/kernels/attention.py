@@ -1,0 +1,114 @@
+"""Attention over a packed stream in which every document sees only itself.
+
+Shape letters: N tokens of the stream, H query heads, G key-value heads (G divides H), D width of a head.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rankwise.kernels.library import Heads, native, serves
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Where the documents of a stream lie: document i is tokens `bounds[i]` up to `bounds[i + 1]`."""
+
+    bounds: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        return len(self.bounds) - 1
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        return list(pairwise(self.bounds))
+
+    @cached_property
+    def c_bounds(self) -> Any:
+        return (ctypes.c_int64 * len(self.bounds))(*self.bounds)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float, window: int = 0) -> Tensor:
+    """Causal attention of each document to itself.
+
+    Args:
+        q: `[N, H, D]`; k, v: `[N, G, D]`.  Head h uses key-value head `h // (H / G)`.
+        spans: the documents of the stream; together they cover all N tokens.
+        scale: factor of the scores.
+        window: how many tokens a token sees, itself included; 0 for all before it.
+
+    Returns:
+        `[N, H, D]`.
+    """
+    width = q.shape[-1]
+    if serves(q, k, v) and width % 16 == 0 and all(x.stride(2) == 1 for x in (q, k, v)):
+        return _NativeAttention.apply(q, k, v, spans, scale, window)
+    return torch.cat([_attend_alone(q[a:b], k[a:b], v[a:b], scale, window) for a, b in spans.pairs])
+
+
+def _attend_alone(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Tensor:
+    length = len(q)
+    mask = None
+    if 0 < window < length:
+        mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - window)
+    queries, keys, values = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(
+        queries,
+        keys,
+        values,
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return out[0].transpose(0, 1)
+
+
+class _NativeAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float, window: int) -> Tensor:
+        tokens, heads, _ = q.shape
+        out = q.new_empty(q.shape)
+        log_sums = q.new_empty((heads, tokens), dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, out, log_sums)
+        ctx.spans, ctx.scale, ctx.window = spans, scale, window
+        failed = native().attention_forward(  # type: ignore[union-attr]
+            Heads.of(q), Heads.of(k), Heads.of(v), out.data_ptr(), log_sums.data_ptr(), *_shape(ctx, q, k)
+        )
+        _check(failed, q)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, log_sums = ctx.saved_tensors
+        grad = grads[0] if grads[0].stride(2) == 1 else grads[0].contiguous()
+        grad_q, grad_k, grad_v = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+        failed = native().attention_backward(  # type: ignore[union-attr]
+            *(Heads.of(x) for x in (q, k, v)),
+            out.data_ptr(),
+            log_sums.data_ptr(),
+            Heads.of(grad),
+            *(x.data_ptr() for x in (grad_q, grad_k, grad_v)),
+            *_shape(ctx, q, k),
+        )
+        _check(failed, q)
+        return grad_q, grad_k, grad_v, None, None, None
+
+
+def _shape(ctx: Any, q: Tensor, k: Tensor) -> tuple[Any, ...]:
+    spans = ctx.spans
+    return (spans.c_bounds, spans.count, len(q), q.shape[1], k.shape[1], q.shape[2], ctx.scale, ctx.window)
+
+
+def _check(failed: int, q: Tensor) -> None:
+    if failed:
+        raise MemoryError(f"attention over {len(q)} tokens: no memory for its blocks; use fewer tokens a micro-batch")

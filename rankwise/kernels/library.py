@@ -1,0 +1,91 @@
+"""The compiled half of this room: found, checked against the processor, and opened, or absent.
+
+The C files are built when rankwise is installed, by the C compiler that is there, and are optional: without them, on
+another processor, or for tensors that are not bfloat16, every operation takes its plain PyTorch path.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from ctypes import POINTER, c_float, c_int, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+
+import torch
+
+Pointer, Int, Float = c_void_p, c_int64, c_float
+
+
+class Heads(ctypes.Structure):
+    """A tensor `[tokens, heads, width]` as the C side sees it: address and two strides, in elements."""
+
+    _fields_ = [("data", c_void_p), ("token", c_int64), ("head", c_int64)]
+
+    @classmethod
+    def of(cls, x: torch.Tensor) -> Heads:
+        return cls(x.data_ptr(), x.stride(0), x.stride(1))
+
+
+_SHAPE = [POINTER(c_int64), *[Int] * 5, Float, Int]  # bounds, documents, tokens, heads, groups, width, scale, window
+_FUNCTIONS = {
+    "attention_forward": (c_int, [Heads, Heads, Heads, Pointer, Pointer, *_SHAPE]),
+    "attention_backward": (c_int, [Heads, Heads, Heads, Pointer, Pointer, Heads, *[Pointer] * 3, *_SHAPE]),
+    "norm_forward": (None, [*[Pointer] * 4, Int, Int, Float, Float]),
+    "norm_backward": (None, [*[Pointer] * 5, Int, Int, Float]),
+    "gate_forward": (None, [*[Pointer] * 3, Int, Int]),
+    "gate_backward": (None, [*[Pointer] * 5, Int, Int]),
+    "cross_entropy": (None, [*[Pointer] * 4, Int, Int, Int]),
+    "rankwise_supported": (c_int, []),
+}
+
+
+def _share_threads() -> bool:
+    """Makes torch's OpenMP runtime visible to the library, which is linked to none of its own.
+
+    A second runtime would bring a second set of threads, and two sets that spin for work on the same cores cost
+    milliseconds a call.  Linux only: the runtime is looked up among the files this process has mapped.
+    """
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return False
+    mapped = {line.rsplit(maxsplit=1)[-1] for line in maps.read_text().splitlines() if "/" in line}
+    for path in sorted(mapped):
+        if Path(path).name.startswith(("libgomp", "libiomp", "libomp")):
+            ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+            return True
+    return False
+
+
+@cache
+def native() -> ctypes.CDLL | None:
+    """The compiled kernels, or None where they were not built or this processor lacks AVX-512 with BF16."""
+    spec = importlib.util.find_spec("rankwise.kernels._native")
+    if spec is None or spec.origin is None or not _share_threads():
+        return None
+    library = ctypes.CDLL(spec.origin)
+    if not library.rankwise_supported():
+        return None
+    for name, (result, arguments) in _FUNCTIONS.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+def serves(*tensors: torch.Tensor) -> bool:
+    """Whether the compiled kernels take these tensors: bfloat16 in main memory."""
+    return all(x.dtype == torch.bfloat16 and x.device.type == "cpu" for x in tensors) and native() is not None
+
+
+def reclaim_memory_lazily() -> bool:
+    """Tells glibc to keep freed memory for the next allocation; True where there was a glibc to tell.
+
+    By default it returns every large block to the kernel and faults it in again, page by page, a microsecond each:
+    a fifth of a training step.  The limit for blocks of their own is the largest that glibc takes, 32 MiB.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return False
+    trim_threshold, mmap_threshold = -1, -3  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+    return bool(mallopt(trim_threshold, 2**31 - 1)) and bool(mallopt(mmap_threshold, 32 * 2**20))

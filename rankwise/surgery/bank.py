@@ -1,0 +1,318 @@
+"""A bank of adapters on one frozen base: the handle through which everything else reaches a model."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from rankwise.adapters.adapter import Adapter, checked_name
+from rankwise.adapters.dropout import mixed
+from rankwise.adapters.lowrank import LowRank
+from rankwise.adapters.spec import LoraSpec
+from rankwise.adapters.starts import start
+from rankwise.errors import BankError, RankwiseWarning, nearest
+from rankwise.formats.peft import read_adapter, write_adapter
+from rankwise.formats.record import check_base, describe, read_record, write_record
+from rankwise.frozen.fingerprint import fingerprint
+from rankwise.surgery.binding import check_fits
+from rankwise.surgery.layer import AdaptedLayer, CopiedLayer, Stand, key_of
+from rankwise.surgery.merge import Merged, MergeReport
+from rankwise.surgery.routing import Route, Router
+from rankwise.surgery.sites import Site, choose_modules, choose_sites, find_sites
+
+
+@dataclass(frozen=True)
+class _Member:
+    """What the bank remembers of an adapter beside its tensors."""
+
+    spec: LoraSpec
+    sites: tuple[str, ...]
+    modules: tuple[str, ...]
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return self.sites + self.modules
+
+
+class Bank:
+    """Adapters on one base.  The model is untouched until the first adapter comes and after the last one goes.
+
+    While adapters are held, every base parameter is frozen and each targeted layer is replaced by an `AdaptedLayer`;
+    `close` (or leaving a `with`) puts all of it back: modules, tied weights, `requires_grad` flags, to the bit.
+
+    Raises:
+        BankError: the model is held by another bank.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        if any(isinstance(module, Stand) for module in model.modules()):
+            raise BankError("the model is already held by a bank", hint="use that bank, or close it first")
+        self.model = model
+        self.router = Router()
+        self._members: dict[str, _Member] = {}
+        self._stands: dict[str, Stand] = {}
+        self._flags: dict[str, bool] = {}
+        self._merged: Merged | None = None
+
+    def __enter__(self) -> Bank:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ── what is there ────────────────────────────────────────────────────────────────────────────────────────────
+
+    @cached_property
+    def sites(self) -> dict[str, Site]:
+        """Every layer of the base that can be adapted, by path."""
+        return find_sites(self.model)
+
+    @cached_property
+    def modules(self) -> dict[str, nn.Module]:
+        """Every module of the base by every path it has."""
+        return dict(self.model.named_modules(remove_duplicate=False))
+
+    @cached_property
+    def base_fingerprint(self) -> str:
+        """Of the base alone, whatever adapters it holds."""
+        return fingerprint(self.model.named_parameters())
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._members)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._members
+
+    def adapter(self, name: str) -> Adapter:
+        """The adapter as a value that shares its tensors with the bank."""
+        member = self._member(name)
+        sites = {path: self._stands[path].of(name) for path in member.sites}
+        modules = {path: dict(self._stands[path].of(name).named_parameters()) for path in member.modules}
+        return Adapter(member.spec, sites, modules)
+
+    def named_parameters(self, name: str) -> Iterator[tuple[str, nn.Parameter]]:
+        """An adapter's parameters, `<site>.A`, `<site>.B`, `<module>.<parameter>`, in the model's order."""
+        for path in self._member(name).paths:
+            for part, parameter in self._stands[path].of(name).named_parameters():
+                yield f"{path}.{part}", parameter
+
+    def _member(self, name: str) -> _Member:
+        if name not in self._members:
+            held = ", ".join(self._members) or "none"
+            raise BankError(f"no adapter {name!r}{nearest(str(name), self.names)}", hint=f"the bank holds: {held}")
+        return self._members[name]
+
+    # ── adding and removing ──────────────────────────────────────────────────────────────────────────────────────
+
+    def add(self, name: str, spec: LoraSpec, seed: int = 0) -> None:
+        """Adds a fresh adapter; every site draws from its own generator, seeded by `seed` and the site's path.
+
+        Raises:
+            BankError: the name is taken or is none, an adapter is merged, or another adapter trains a target whole.
+            TargetError: the spec's targets or patterns match nothing.
+        """
+        chosen = choose_sites(spec, self.sites, tuple(self.modules))
+        copied = choose_modules(spec.modules_to_save, chosen, tuple(self.modules))
+        factors = {}
+        for site in chosen:
+            generator = torch.Generator().manual_seed(mixed(seed, crc32(site.path.encode())))
+            A, B = start(spec.init, site.shape, spec.rank_at(site.path), generator, lookup=site.kind.lookup)
+            factors[site.path] = LowRank(A, B, spec.scale_at(site.path), spec.dropout)
+        self._hold(name, Adapter(spec, factors, {path: {} for path in copied}), seed)
+
+    def put(self, name: str, adapter: Adapter, seed: int = 0) -> None:
+        """Adds an adapter that exists already, a copy of it; `seed` is for dropout.
+
+        Raises:
+            BankError: as `add`.
+            AdapterMismatchError: lists every part that does not fit this model.
+        """
+        named = {path: site for site in self.sites.values() for path in (site.path, *site.aliases)}
+        check_fits(adapter, named, self.modules)
+        factors = {named[path].path: copy.deepcopy(one).float() for path, one in adapter.sites.items()}
+        self._hold(name, Adapter(adapter.spec, factors, adapter.modules), seed)
+
+    def load(self, name: str, folder: str | Path, *, force: bool = False) -> None:
+        """Adds an adapter from a folder in PEFT's format, ours or anyone's.
+
+        Warns:
+            RankwiseWarning: its ΔW is zero everywhere; it changes nothing.
+
+        Raises:
+            AdapterFileError: a file is missing, damaged, or asks for what is not known.
+            AdapterMismatchError: parts that do not fit this model (all listed), or, unless `force`, another base.
+        """
+        folder = Path(folder)
+        adapter = read_adapter(folder)
+        if not force:
+            check_base(read_record(folder), self.base_fingerprint, folder)
+        self.put(name, adapter)
+        if not adapter.modules and not any(factors.delta_norm() for factors in adapter.sites.values()):
+            warnings.warn(f"{folder}: ΔW is zero at every site; the adapter changes nothing", RankwiseWarning, 2)
+
+    def save(self, name: str, folder: str | Path, facts: Mapping[str, Any] | None = None) -> None:
+        """Writes an adapter as a PEFT folder plus rankwise.json, with `facts` of the run; read back and compared.
+
+        Raises:
+            AdapterFileError: a tensor is not finite, or the disk gave back other bytes.
+        """
+        adapter, folder = self.adapter(name), Path(folder)
+        kinds = {path: self.sites[path].kind.name for path in adapter.sites}
+        base = str(getattr(getattr(self.model, "config", None), "_name_or_path", ""))
+        write_adapter(folder, adapter, kinds, tuple(self.modules), base, _task(self.model))
+        write_record(folder, describe(adapter, base, self.base_fingerprint, dict(facts or {})))
+
+    def remove(self, name: str) -> None:
+        """Takes an adapter out; layers that hold no other are put back as they were."""
+        member = self._member(name)
+        self._check_unmerged(f"remove {name!r}")
+        for path in member.paths:
+            stand = self._stands[path]
+            del stand.adapters[key_of(name)]
+            if not stand.adapters:
+                self._place(path, stand.base)
+                del self._stands[path]
+        del self._members[name]
+        if not self._members:
+            for path, parameter in self.model.named_parameters():
+                parameter.requires_grad_(self._flags[path])
+
+    def close(self) -> None:
+        """Unmerges and removes everything: the model is bit for bit what it was."""
+        if self._merged is not None:
+            self.unmerge()
+        for name in self.names:
+            self.remove(name)
+
+    def _hold(self, name: str, adapter: Adapter, seed: int) -> None:
+        if checked_name(name) in self._members:
+            raise BankError(f"the bank already holds an adapter {name!r}", hint="remove it or choose another name")
+        self._check_unmerged(f"add {name!r}")
+        self._check_apart(adapter)
+        _ = self.base_fingerprint, self.sites, self.modules  # of the clean model, before it is changed
+        if not self._members:
+            self._flags = {path: parameter.requires_grad for path, parameter in self.model.named_parameters()}
+            self.model.requires_grad_(False)
+        for path, factors in adapter.sites.items():
+            stand = self._stands.get(path) or AdaptedLayer(self.sites[path], self.router, crc32(path.encode()))
+            stand.admit(name, factors, seed)
+            self._place(path, stand)
+        for path, tensors in adapter.modules.items():
+            stand = self._stands.get(path) or CopiedLayer(path, self.modules[path], self.router)
+            stand.admit(name, tensors, seed)
+            self._place(path, stand)
+        self._members[name] = _Member(adapter.spec, tuple(adapter.sites), tuple(adapter.modules))
+
+    def _check_apart(self, adapter: Adapter) -> None:
+        """A module that one adapter trains whole can hold no site of another."""
+        whole = {*adapter.modules, *(p for member in self._members.values() for p in member.modules)}
+        parts = {*adapter.sites, *(p for member in self._members.values() for p in member.sites)}
+        for path in sorted(whole):
+            inner = next((p for p in sorted(parts) if f"{p}.".startswith(f"{path}.")), None)
+            if inner is not None:
+                raise BankError(
+                    f"one adapter trains {path!r} whole and another changes {inner!r} inside it",
+                    hint="keep these two adapters in separate banks, one after the other",
+                )
+
+    def _place(self, path: str, module: nn.Module) -> None:
+        if isinstance(module, Stand):
+            self._stands[path] = module
+        site = self.sites.get(path)
+        for place in (path, *(site.aliases if site else ())):
+            parent, _, leaf = place.rpartition(".")
+            setattr(self.model.get_submodule(parent), leaf, module)
+
+    # ── routing ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def use(self, name: str | None) -> AbstractContextManager[None]:
+        """Everything through one adapter, or through the bare base (None)."""
+        return self._routed(Route.whole(name))
+
+    def route(self, names: Sequence[str | None]) -> AbstractContextManager[None]:
+        """Row by row of a batch; None is the bare base."""
+        return self._routed(Route.rows(names))
+
+    def stream(self, runs: Iterable[tuple[str | None, int]], tick: int | None = None) -> AbstractContextManager[None]:
+        """Token by token of a packed stream, in runs of `(adapter, tokens)`; `tick` numbers the pass, for dropout."""
+        return self._routed(Route.tokens(runs), tick)
+
+    def _routed(self, route: Route, tick: int | None = None) -> AbstractContextManager[None]:
+        for name in route.names - {None}:
+            self._member(str(name))
+        return self.router.set(route, tick)
+
+    # ── merging ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def merge(self, name: str) -> MergeReport:
+        """Merges one adapter into the base in memory, proved layer by layer; the originals are kept for `unmerge`.
+
+        Raises:
+            MergeError: a merged layer differs from base + adapter; everything has been put back.
+            BankError: another adapter is merged.
+        """
+        member = self._member(name)
+        self._check_unmerged(f"merge {name!r}")
+        layers = [stand for path in member.sites if isinstance(stand := self._stands[path], AdaptedLayer)]
+        self._merged = Merged(name, layers)
+        self.router.merged = name
+        return self._merged.report
+
+    def unmerge(self) -> None:
+        """Puts the original weights back.
+
+        Raises:
+            BankError: nothing is merged.
+        """
+        if self._merged is None:
+            raise BankError("no adapter is merged", hint="bank.merge(name) merges one")
+        self._merged.undo()
+        self._merged = self.router.merged = None
+
+    def bake(self, name: str) -> MergeReport:
+        """Merges one adapter for good and lets go of the model, which is then an ordinary one, larger by nothing.
+
+        Adapters are dropped, originals forgotten; an embedding and a head that were tied and now differ are declared
+        untied in the model's config.
+        """
+        report = self.merge(name)
+        for path, stand in self._stands.items():
+            if isinstance(stand, CopiedLayer):
+                stand.settle(name)
+            self._place(path, stand.base)
+        self._stands, self._members = {}, {}
+        self._merged = self.router.merged = None
+        _declare_untied(self.model)
+        return report
+
+    def _check_unmerged(self, what: str) -> None:
+        if self._merged is not None:
+            raise BankError(f"cannot {what} while {self._merged.name!r} is merged", hint="bank.unmerge() first")
+
+
+def _task(model: nn.Module) -> str | None:
+    """PEFT's name for what the model does, from its class."""
+    ends = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
+    ends |= {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
+    return next((task for end, task in ends.items() if type(model).__name__.endswith(end)), None)
+
+
+def _declare_untied(model: nn.Module) -> None:
+    config: Any = getattr(model, "config", None)
+    if not isinstance(model, PreTrainedModel) or not config.tie_word_embeddings:
+        return
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and head.weight is not embedding.weight:
+        config.tie_word_embeddings = False

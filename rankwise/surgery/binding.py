@@ -1,0 +1,73 @@
+"""Does an adapter that exists fit this model?  Every part that does not, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from rankwise.adapters.adapter import Adapter
+from rankwise.errors import AdapterMismatchError, listing
+from rankwise.surgery.sites import Site
+
+
+def check_fits(adapter: Adapter, sites: Mapping[str, Site], modules: Mapping[str, nn.Module]) -> None:
+    """`sites` by every path and alias, `modules` the clean model's.
+
+    Raises:
+        AdapterMismatchError: lists every site and module that binds to nothing or has another shape.
+    """
+    problems = [*_site_problems(adapter, sites), *_module_problems(adapter, modules)]
+    problems += _frozen_problems(adapter, modules)
+    if problems:
+        whole = len(adapter.sites) + len(adapter.modules)
+        raise AdapterMismatchError(
+            f"the adapter does not fit this model, {len(problems)} of its {whole} parts bind to nothing:\n"
+            f"{listing(problems)}",
+            hint="was it made for another size, another architecture, or the model with (or without) its head?",
+        )
+
+
+def _site_problems(adapter: Adapter, sites: Mapping[str, Site]) -> list[str]:
+    problems = []
+    for path, factors in adapter.sites.items():
+        site = sites.get(path)
+        if site is None:
+            problems.append(f"{path}: no such layer, or one that cannot be adapted")
+        elif factors.shape != site.shape:
+            problems.append(f"{path}: made for a weight {_size(factors.shape)}, here it is {_size(site.shape)}")
+    return problems
+
+
+def _size(shape: object) -> str:
+    dimensions = (shape.outputs, shape.inputs, *shape.kernel)  # type: ignore[attr-defined]
+    return " × ".join(map(str, dimensions))
+
+
+def _module_problems(adapter: Adapter, modules: Mapping[str, nn.Module]) -> list[str]:
+    problems = []
+    for path, tensors in adapter.modules.items():
+        if path not in modules:
+            problems.append(f"{path}: no such module")
+            continue
+        own = {name: tuple(p.shape) for name, p in modules[path].named_parameters()}
+        stored = {name: tuple(t.shape) for name, t in tensors.items()}
+        for name in sorted(own.keys() | stored.keys()):
+            if own.get(name) != stored.get(name):
+                problems.append(f"{path}.{name}: stored {stored.get(name, 'nothing')}, here {own.get(name, 'nothing')}")
+    return problems
+
+
+def _frozen_problems(adapter: Adapter, modules: Mapping[str, nn.Module]) -> list[str]:
+    problems = []
+    for path, stored in adapter.expects.items():
+        own = getattr(modules.get(path), "weight", None)
+        if own is None or own.shape != stored.shape:
+            here = "nothing" if own is None else tuple(own.shape)
+            problems.append(
+                f"{path}.weight: the adapter brings its own frozen weight {tuple(stored.shape)}, here {here}"
+            )
+        elif not torch.equal(own.detach().to(torch.bfloat16).cpu(), stored.to(torch.bfloat16)):
+            problems.append(f"{path}.weight: the adapter brings its own frozen weight, and its values are others")
+    return problems

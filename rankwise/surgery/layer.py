@@ -1,0 +1,128 @@
+"""The one adapted layer, and its sibling for modules that are trained whole.
+
+Both stand in the place of a module of the model, hold it as `base`, and keep what is each adapter's own under a key
+made from its name ('.' is not allowed in a module's key and ':' not in a name, so the map is one to one).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from rankwise.adapters.dropout import keep_mask, mixed
+from rankwise.adapters.lowrank import LowRank
+from rankwise.adapters.product import Part
+from rankwise.surgery.routing import Route, Router
+from rankwise.surgery.sites import Site
+
+
+def key_of(name: str) -> str:
+    return name.replace(".", ":")
+
+
+class Stand(nn.Module):
+    """Stands where `base` stood; what it does not define itself it asks of `base` (weight, in_features, …)."""
+
+    base: Any
+
+    def __init__(self, path: str, base: nn.Module, router: Router) -> None:
+        super().__init__()
+        self.path = path
+        self.base = base
+        self.router = router
+        self.adapters = nn.ModuleDict()
+        self.train(base.training)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base":
+                raise
+            return getattr(self.base, name)
+
+    def of(self, name: str | None) -> Any:
+        """What this layer holds for an adapter, or None."""
+        key = "" if name is None else key_of(name)
+        return self.adapters[key] if key in self.adapters else None  # noqa: SIM401 (a ModuleDict has no get)
+
+    def admit(self, name: str, own: Any, seed: int) -> None:
+        """Takes in what is an adapter's own."""
+        raise NotImplementedError
+
+
+class AdaptedLayer(Stand):
+    """A linear, convolution or embedding layer through which each unit of the route takes its own adapter."""
+
+    def __init__(self, site: Site, router: Router, number: int) -> None:
+        super().__init__(site.path, site.module, router)
+        self.kind, self.number = site.kind, number
+        self.seeds: dict[str, int] = {}
+
+    def admit(self, name: str, own: LowRank, seed: int) -> None:
+        self.adapters[key_of(name)] = own.to(self.base.weight.device).train(self.training)
+        self.seeds[name] = seed
+
+    def forward(self, x: Tensor) -> Tensor:
+        route = self.router.route
+        if self.router.merged is not None or all(self.of(name) is None for name in route.names):
+            return self.base(x)
+        parts = [
+            self._part(name, factors, start, stop, x)
+            for name, start, stop in route.spans(x.shape, self.kind.width_dims, self.path)
+            if name is not None and (factors := self.of(name)) is not None
+        ]
+        return self.kind.adapted(self.base, x, parts)
+
+    def _part(self, name: str, factors: LowRank, start: int, stop: int, x: Tensor) -> Part:
+        keep = None
+        if factors.dropout and self.training and not self.kind.lookup:
+            shape = torch.Size((stop - start, *x.shape[x.dim() - self.kind.width_dims :]))
+            keep = keep_mask(shape, factors.dropout, mixed(self.seeds[name], self.number, self.router.tick), x.device)
+        return Part(start, stop, factors.A, factors.B, factors.scale, factors.dropout, keep)
+
+
+class CopiedLayer(Stand):
+    """A module of which each adapter that trains it whole has its own copy: float32, rounded for the forward pass."""
+
+    @torch.no_grad()
+    def admit(self, name: str, own: Mapping[str, Tensor], seed: int) -> None:
+        twin = copy.deepcopy(self.base).float().requires_grad_(True).train(self.training)
+        for part, tensor in own.items():
+            twin.get_parameter(part).copy_(tensor)
+        self.adapters[key_of(name)] = twin
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        merged = self.router.merged
+        route = self.router.route if merged is None else Route.whole(merged)
+        if len(route.runs) == 1 or all(self.of(name) is None for name in route.names):
+            return self._through(route.runs[0][0], *inputs, **named)
+        x, *rest = inputs
+        if route.unit == "tokens":  # [1, tokens, ...]: a norm, a head or an embedding, one token at a time
+            x = x.squeeze(0)
+        spans = route.spans(x.shape, x.dim() - 1, self.path)
+        out = torch.cat([self._through(name, x[start:stop], *rest, **named) for name, start, stop in spans])
+        return out.unsqueeze(0) if route.unit == "tokens" else out
+
+    def _through(self, name: str | None, *inputs: Any, **named: Any) -> Any:
+        twin = self.of(name)
+        if twin is None:
+            return self.base(*inputs, **named)
+        return functional_call(twin, self.rounded(twin), inputs, named)
+
+    def settle(self, name: str) -> None:
+        """Gives the base an adapter's parameters for good; a parameter shared with another module is left to that."""
+        twin = self.of(name)
+        for part, tensor in self.rounded(twin).items() if twin is not None else ():
+            owner, _, leaf = part.rpartition(".")
+            setattr(self.base.get_submodule(owner), leaf, nn.Parameter(tensor.detach(), requires_grad=False))
+
+    def rounded(self, twin: nn.Module) -> dict[str, Tensor]:
+        """A copy's parameters in the number format of the base."""
+        types = {part: parameter.dtype for part, parameter in self.base.named_parameters()}
+        return {part: parameter.to(types[part]) for part, parameter in twin.named_parameters()}

@@ -1,0 +1,157 @@
+"""The layers of a model that an adapter can change, and which of them a spec means."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from torch import nn
+
+from rankwise.adapters.lowrank import SiteShape
+from rankwise.adapters.presets import TARGET_ROLES, Role
+from rankwise.adapters.spec import LoraSpec, matching_pattern
+from rankwise.errors import TargetError, listing, nearest
+from rankwise.surgery.kinds import Kind, kind_of
+
+# What the last part of a path says about a linear layer inside an attention block, over the families in use.
+_ATTENTION_NAMES: dict[Role, str] = {
+    "query": r"(to_)?w?q(_proj|_lin|uery|_[ab]_proj)?|query(_proj|_layer)?",
+    "key": r"(to_)?w?k(_proj|_lin)?|key(_proj|_layer)?",
+    "value": r"(to_)?w?v(_proj|_lin)?|value(_proj|_layer)?",
+    "qkv": r"c_attn|w?qkv(_proj)?|query_key_value|in_proj|att_proj|kv_[ab]_proj(_with_mqa)?",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One layer: its first path in the model, the other paths of the same module, and what it is."""
+
+    path: str
+    aliases: tuple[str, ...]
+    module: nn.Module
+    kind: Kind
+    role: Role
+    shape: SiteShape
+
+
+def find_sites(model: nn.Module) -> dict[str, Site]:
+    """Every layer that can be adapted, by path, in the model's order.  A module with several paths is one site."""
+    paths: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(id(module), []).append(path)
+    head = _output_layer(model)
+    found: dict[str, Site] = {}
+    for path, module in model.named_modules():
+        kind = kind_of(module)
+        if kind is None or not path:
+            continue
+        role = "head" if module is head else _role(model, path, kind)
+        found[path] = Site(path, tuple(paths[id(module)][1:]), module, kind, role, kind.shape(module))
+    return found
+
+
+def _output_layer(model: nn.Module) -> nn.Module | None:
+    find = getattr(model, "get_output_embeddings", None)
+    return find() if find is not None else None
+
+
+def _role(model: nn.Module, path: str, kind: Kind) -> Role:
+    if kind.name in ("convolution", "embedding"):
+        return cast(Role, kind.name)
+    *parents, leaf = path.split(".")
+    if leaf in ("lm_head", "classifier", "score", "qa_outputs"):
+        return "head"
+    if _in_attention(model, parents):
+        return next((role for role, names in _ATTENTION_NAMES.items() if re.fullmatch(names, leaf, re.I)), "attention")
+    return "mlp" if any(part.isdigit() for part in parents) else "other"
+
+
+def _in_attention(model: nn.Module, parents: Sequence[str]) -> bool:
+    """Whether a layer above calls itself attention: by its class, or by its own name (`attn`, `self_attn`, …)."""
+    module: nn.Module = model
+    for part in parents:
+        module = getattr(module, part)
+        if "attention" in type(module).__name__.lower() or re.search(r"attn|attention", part, re.I):
+            return True
+    return False
+
+
+def choose_sites(spec: LoraSpec, sites: Mapping[str, Site], modules: Sequence[str]) -> list[Site]:
+    """The sites a spec means, in the model's order; `modules` are all module paths, for the error message.
+
+    Raises:
+        TargetError: lists every name and pattern that matches nothing, and what there is.
+    """
+    problems: list[str] = []
+    if isinstance(spec.targets, str):
+        chosen = _by_preset(spec.targets, sites) or _by_regex(spec.targets, sites)
+        if not chosen:
+            problems.append(f"targets {spec.targets!r} match no layer")
+    else:
+        chosen = {}
+        for name in spec.targets:
+            named = {path: site for path, site in sites.items() if _is_called(name, path, *site.aliases)}
+            chosen.update(named)
+            if not named:
+                problems.append(_unmatched(name, sites, modules))
+    for field in ("rank_pattern", "alpha_pattern"):
+        patterns: dict[str, float] = getattr(spec, field)
+        used = {matching_pattern(patterns, path) for path in chosen}
+        problems += [f"{field} {key!r} matches none of the targeted layers" for key in patterns if key not in used]
+    if problems:
+        raise TargetError(f"the spec does not fit the model:\n{listing(problems)}", hint=_what_there_is(sites))
+    return [site for path, site in sites.items() if path in chosen]
+
+
+def _by_preset(word: str, sites: Mapping[str, Site]) -> dict[str, Site]:
+    roles = TARGET_ROLES.get(word, frozenset())
+    return {path: site for path, site in sites.items() if site.role in roles}
+
+
+def _by_regex(pattern: str, sites: Mapping[str, Site]) -> dict[str, Site]:
+    matches = re.compile(pattern).fullmatch
+    return {path: site for path, site in sites.items() if any(map(matches, (path, *site.aliases)))}
+
+
+def _is_called(name: str, *paths: str) -> bool:
+    return any(path == name or path.endswith(f".{name}") for path in paths)
+
+
+def _unmatched(name: str, sites: Mapping[str, Site], modules: Sequence[str]) -> str:
+    if any(_is_called(name, path) for path in modules):
+        return f"{name!r} is a module that cannot be adapted (only linear, Conv1D, ungrouped convolution and embedding)"
+    return f"{name!r} matches no layer{nearest(name, sorted(_leaves(sites)))}"
+
+
+def _leaves(sites: Mapping[str, Site]) -> set[str]:
+    return {path.rsplit(".", 1)[-1] for path in sites}
+
+
+def _what_there_is(sites: Mapping[str, Site]) -> str:
+    if not sites:
+        return "the model has no layer that can be adapted"
+    return f"layers here: {', '.join(sorted(_leaves(sites)))}; presets: {', '.join(TARGET_ROLES)}"
+
+
+def choose_modules(names: Sequence[str], chosen: Sequence[Site], modules: Sequence[str]) -> list[str]:
+    """Paths of the layers to be trained whole.
+
+    Raises:
+        TargetError: a name matches nothing, or a layer that holds or is a targeted site.
+    """
+    found: list[str] = []
+    problems: list[str] = []
+    for name in names:
+        paths = [path for path in modules if path and _is_called(name, path)]
+        if not paths:
+            problems.append(f"{name!r} matches no module{nearest(name, [m.rsplit('.', 1)[-1] for m in modules])}")
+        found += paths
+    for path in found:
+        within = [site.path for site in chosen if site.path == path or site.path.startswith(f"{path}.")]
+        if within:
+            problems.append(f"{path!r} is to be trained whole but holds targeted {within[0]!r}")
+    if problems:
+        raise TargetError(f"modules_to_save does not fit the model:\n{listing(problems)}")
+    return list(dict.fromkeys(found))

@@ -1,0 +1,46 @@
+"""The grid on which the laws of docs/design.md hold.  A new form, scaling, storage or start is one entry here."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import nn
+
+from rankwise.adapters.spec import LoraSpec
+from rankwise.surgery.bank import Bank
+
+FORMS = ("lora",)
+SCALINGS = ("alpha/r", "alpha/sqrt(r)", "alpha")
+STORAGES = ("dense",)
+STARTS = ("kaiming", "gaussian")
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def spec(targets: tuple[str, ...] | str = "all-linear", **settings: object) -> LoraSpec:
+    return LoraSpec(**{"rank": 3, "alpha": 6, "targets": targets, **settings})
+
+
+def trained(bank: Bank, name: str, chosen: LoraSpec, seed: int = 0, size: float = 0.3) -> None:
+    """Adds an adapter whose every tensor has been moved away from its start."""
+    bank.add(name, chosen, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for _, parameter in bank.named_parameters(name):
+            parameter += size * torch.randn(parameter.shape, generator=generator)
+
+
+def state_of(model: nn.Module) -> tuple[object, ...]:
+    """All of a model that undoing must bring back: bytes, names, module identities, ties, flags."""
+    sha = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        sha.update(name.encode())
+        sha.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    modules = tuple((path, id(module)) for path, module in model.named_modules(remove_duplicate=False))
+    parameters = tuple((path, id(p), p.requires_grad) for path, p in model.named_parameters(remove_duplicate=False))
+    return sha.hexdigest(), modules, parameters
+
+
+def relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    got, want = got.detach().double(), want.detach().double()
+    return float((got - want).norm() / want.norm().clamp(min=1e-30))

@@ -1,0 +1,85 @@
+"""Each document of a stream attends to itself alone; every path agrees with float64 attention written out."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from rankwise.kernels.attention import Spans, attend
+
+SHAPES = [  # heads, groups, width, lengths
+    (9, 3, 64, (376, 20)),
+    (4, 4, 32, (5, 77, 1)),
+    (4, 2, 128, (130, 64)),
+    (2, 1, 80, (97, 96, 95)),
+    (3, 1, 16, (200,)),
+    (2, 2, 256, (40, 17)),
+]
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, spans: list[tuple[int, int]], scale: float, window: int) -> Tensor:
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    rows = []
+    for a, b in spans:
+        scores = torch.einsum("qhd,khd->hqk", q[a:b], k[a:b]) * scale
+        distance = torch.arange(b - a)[:, None] - torch.arange(b - a)
+        hidden = (distance < 0) | ((distance >= window) if window else False)
+        rows.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v[a:b]))
+    return torch.cat(rows)
+
+
+def case(heads: int, groups: int, width: int, lengths: tuple[int, ...]) -> tuple[list[Tensor], Spans]:
+    torch.manual_seed(0)
+    n = sum(lengths)
+    bounds = (0, *torch.tensor(lengths).cumsum(0).tolist())
+    return [torch.randn(n, h, width, dtype=torch.float64) for h in (heads, groups, groups, heads)], Spans(bounds)
+
+
+@pytest.mark.parametrize("window", [0, 50])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 6e-3)], ids=["fp32", "bf16"])
+def test_equals_float64(shape, dtype, tolerance, window):
+    tensors, spans = case(*shape)
+    low = [x.to(dtype) for x in tensors]
+    inputs = [x.detach().requires_grad_() for x in low[:3]]
+    exact = [x.double().requires_grad_() for x in low[:3]]
+    scale = shape[2] ** -0.5
+    out = attend(*inputs, spans, scale, window)
+    out.backward(low[3])
+    expected = reference(*exact, spans.pairs, scale, window)
+    expected.backward(low[3].double())
+    for got, want in [(out, expected), *((x.grad, y.grad) for x, y in zip(inputs, exact, strict=True))]:
+        assert got.shape == want.shape
+        assert (got.double() - want).norm() <= tolerance * want.norm()
+
+
+def test_compiled_and_plain_paths_agree():
+    tensors, spans = case(6, 2, 64, (120, 31))
+    low = [x.bfloat16() for x in tensors]
+    out = attend(*low[:3], spans, 0.125)
+    plain = attend(*(x.float() for x in low[:3]), spans, 0.125)
+    assert (out.float() - plain).abs().max() < 0.02
+
+
+def test_reads_any_strides():
+    tensors, spans = case(4, 2, 32, (50, 9))
+    low = [x.bfloat16() for x in tensors]
+    strided = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in low]
+    assert torch.equal(attend(*low[:3], spans, 0.2), attend(*strided[:3], spans, 0.2))
+
+
+def test_a_document_does_not_see_its_neighbours():
+    tensors, spans = case(4, 2, 32, (50, 60))
+    low = [x.bfloat16() for x in tensors]
+    before = attend(*low[:3], spans, 0.2)[50:]
+    for x in low[:3]:
+        x[:50] = 7.0
+    assert torch.equal(attend(*low[:3], spans, 0.2)[50:], before)
+
+
+def test_not_a_number_comes_through():
+    tensors, spans = case(2, 2, 32, (20, 20))
+    low = [x.bfloat16() for x in tensors]
+    low[0][3, 0, 0] = torch.nan
+    out = attend(*low[:3], spans, 0.2)
+    assert out[3, 0].isnan().all()
+    assert out[20:].isfinite().all()
