@@ -37,7 +37,9 @@ class Spans:
         return (ctypes.c_int64 * len(self.bounds))(*self.bounds)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float, window: int = 0) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float, window: int = 0, softcap: float = 0.0
+) -> Tensor:
     """Causal attention of each document to itself.
 
     Args:
@@ -45,22 +47,29 @@ def attend(q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float, window: 
         spans: the documents of the stream; together they cover all N tokens.
         scale: factor of the scores.
         window: how many tokens a token sees, itself included; 0 for all before it.
+        softcap: scores x become softcap · tanh(x / softcap), as in Gemma 2; 0 for none.
 
     Returns:
         `[N, H, D]`.
     """
     width = q.shape[-1]
-    if serves(q, k, v) and width % 16 == 0 and all(x.stride(2) == 1 for x in (q, k, v)):
+    if serves(q, k, v) and not softcap and width % 16 == 0 and all(x.stride(2) == 1 for x in (q, k, v)):
         return _NativeAttention.apply(q, k, v, spans, scale, window)
-    return torch.cat([_attend_alone(q[a:b], k[a:b], v[a:b], scale, window) for a, b in spans.pairs])
+    return torch.cat([_attend_alone(q[a:b], k[a:b], v[a:b], scale, window, softcap) for a, b in spans.pairs])
 
 
-def _attend_alone(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Tensor:
-    length = len(q)
-    mask = None
-    if 0 < window < length:
-        mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - window)
+def _attend_alone(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softcap: float) -> Tensor:
+    length, mask = len(q), None
+    if softcap or 0 < window < length:
+        mask = (
+            torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - window if window else -length)
+        )
     queries, keys, values = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    if softcap and mask is not None:
+        shared = q.shape[1] // k.shape[1]
+        scores = (queries @ keys.repeat_interleave(shared, 1).transpose(2, 3)).float() * scale
+        weights = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, -torch.inf).softmax(-1)
+        return (weights.to(q.dtype) @ values.repeat_interleave(shared, 1))[0].transpose(0, 1)
     out = F.scaled_dot_product_attention(
         queries,
         keys,

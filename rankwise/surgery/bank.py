@@ -58,7 +58,7 @@ class Bank:
     def __init__(self, model: nn.Module) -> None:
         if any(isinstance(module, Stand) for module in model.modules()):
             raise BankError("the model is already held by a bank", hint="use that bank, or close it first")
-        self.model = model
+        self.model: Any = model
         self.router = Router()
         self._members: dict[str, _Member] = {}
         self._stands: dict[str, Stand] = {}
@@ -241,12 +241,12 @@ class Bank:
         """Everything through one adapter, or through the bare base (None)."""
         return self._routed(Route.whole(name))
 
-    def route(self, names: Sequence[str | None]) -> AbstractContextManager[None]:
-        """Row by row of a batch; None is the bare base."""
-        return self._routed(Route.rows(names))
+    def route(self, names: Sequence[str | None], tick: int | None = None) -> AbstractContextManager[None]:
+        """Row by row of a batch; None is the bare base.  `tick` numbers the pass, for dropout; None counts on."""
+        return self._routed(Route.rows(names), tick)
 
     def stream(self, runs: Iterable[tuple[str | None, int]], tick: int | None = None) -> AbstractContextManager[None]:
-        """Token by token of a packed stream, in runs of `(adapter, tokens)`; `tick` numbers the pass, for dropout."""
+        """Token by token of a packed stream, in runs of `(adapter, tokens)`; `tick` as in `route`."""
         return self._routed(Route.tokens(runs), tick)
 
     def _routed(self, route: Route, tick: int | None = None) -> AbstractContextManager[None]:

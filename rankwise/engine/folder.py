@@ -1,0 +1,84 @@
+"""A run's folder: one run at a time, metrics appended line by line, nothing overwritten unasked."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from rankwise.errors import RunFolderError
+
+METRICS, CHECKPOINTS, LOCK = "metrics.jsonl", "checkpoints", ".lock"
+
+
+class RunFolder:
+    """A folder that is held: made, writable and locked."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / CHECKPOINTS
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / METRICS
+
+    def write_event(self, event: dict[str, Any]) -> None:
+        """Appends one line to the metrics; a full disk loses the line, not the run."""
+        line = json.dumps(event, ensure_ascii=False, allow_nan=False) + "\n"
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(line)
+
+    def metrics_size(self) -> int:
+        return self.metrics.stat().st_size if self.metrics.exists() else 0
+
+    def cut_metrics(self, size: int) -> None:
+        """Takes back the lines written after a checkpoint, which a resumed run writes again."""
+        if self.metrics_size() > size:
+            os.truncate(self.metrics, size)
+
+
+@contextmanager
+def held_folder(path: Path, *, resume: bool) -> Iterator[RunFolder]:
+    """Holds a run folder for the length of a `with`.
+
+    Raises:
+        RunFolderError: it cannot be written, another run holds it, or it has a run in it already and `resume` is not
+            asked for (or has none, and it is).
+    """
+    _make_writable(path)
+    lock = FileLock(path / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunFolderError(
+            f"{path}: another run is writing here", hint="wait for it, or choose another --out"
+        ) from None
+    try:
+        folder = RunFolder(path)
+        begun = folder.metrics_size() > 0 or folder.checkpoints.exists() or (path / "adapter_config.json").exists()
+        if begun and not resume:
+            raise RunFolderError(
+                f"{path}: holds a run already; nothing was overwritten",
+                hint="--resume goes on with it, --continue-from trains its adapter further, or choose another --out",
+            )
+        if resume and not begun:
+            raise RunFolderError(f"{path}: no run to resume", hint="leave out --resume to begin one")
+        yield folder
+    finally:
+        lock.release()
+
+
+def _make_writable(path: Path) -> None:
+    """Found out before a model is loaded, not after hours of training."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise RunFolderError(f"{path}: cannot write here: {error.strerror}", hint="choose another --out") from None

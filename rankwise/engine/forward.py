@@ -1,0 +1,316 @@
+"""One pass of routed documents through a bank's model: how it goes is found out once, and proved on a probe.
+
+Packed where the model's attention allows it, row by row where it does not; through the frozen head in chunks where the
+model's logits are that head of its hidden states, through the model's own logits where they are more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from rankwise.data.stream import Stream
+from rankwise.engine.attention import UnpackableError, packed, streaming
+from rankwise.engine.blocks import fused_blocks
+from rankwise.engine.head import Shaping, frozen_head_loss, measured_losses, trained_head_loss
+from rankwise.errors import ModelError
+from rankwise.kernels.attention import Spans
+from rankwise.kernels.library import reclaim_memory_lazily
+from rankwise.surgery.bank import Bank
+from rankwise.surgery.layer import AdaptedLayer, Stand
+
+Runs = Sequence[tuple[str | None, int]]  # adapter (None: the base) and how many documents it takes, in order
+
+# How far two correct ways through one model may lie apart, relative to the logits.
+_SAME = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 8e-2}
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What a pass found: summed negative log-likelihood of the supervised tokens of each document, in nats."""
+
+    documents: np.ndarray
+    total: float
+
+
+class Forward:
+    """The engine's hold on a model, for the length of a `with`.
+
+    Attributes:
+        layout: `packed` streams or padded `rows`, and `reason` why.
+        fused: how many blocks run on compiled kernels.
+
+    Raises:
+        ModelError: the model gives no logits over tokens, or none of the ways agrees with the model itself.
+    """
+
+    def __init__(self, bank: Bank, *, checkpointing: bool = False) -> None:
+        if not isinstance(bank.model, PreTrainedModel) or bank.model.get_output_embeddings() is None:
+            raise ModelError(
+                f"{type(bank.model).__name__} has no language-model head",
+                hint="train and evaluate take causal language models",
+            )
+        self.bank, self.model = bank, bank.model
+        self.checkpointing = checkpointing
+        self.layout: Literal["packed", "rows"] = "packed"
+        self.reason = ""
+        self.fused = 0
+        self.shaping = Shaping.of(self.model.config.get_text_config())
+        self._own_logits = False
+        self._held = ExitStack()
+
+    def __enter__(self) -> Forward:
+        reclaim_memory_lazily()
+        with ExitStack() as held:
+            self._take_hold(held)
+            self._held = held.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._held.close()
+
+    def _take_hold(self, held: ExitStack) -> None:
+        held.enter_context(_evaluating(self.model))
+        held.enter_context(self.bank.use(None))
+        want = _Probe.of(self.model)
+        self.fused = held.enter_context(fused_blocks(self.model))
+        try:
+            with ExitStack() as packing:
+                packing.enter_context(packed(self.model))
+                self._prove_packing(want)
+                held.push(packing.pop_all())
+            self.reason = "documents see only themselves, no padding"
+        except UnpackableError as refusal:
+            self.layout, self.reason = "rows", str(refusal)
+            self._prove_rows(want)
+        if self.checkpointing:
+            held.enter_context(_checkpointing(self.model))
+
+    # ── passes ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def learn(self, stream: Stream, runs: Runs, weights: np.ndarray, tick: int) -> Losses:
+        """Forward and backward: gradients of `Σ weights[i] · loss of document i` are added to the adapters' own.
+
+        `weights` is float `[D]`; `tick` numbers the pass for dropout.
+        """
+        with self._routed(stream, runs, tick), _dropping(self.model):
+            hidden, targets = self._supervised_hidden(stream)
+            each = torch.as_tensor(weights[stream.owners], dtype=torch.float32, device=hidden.device)
+            loss, losses = self._loss(hidden, targets, each, stream, runs)
+            if loss.requires_grad:
+                loss.backward()
+        return _per_document(losses, stream)
+
+    @torch.no_grad()
+    def measure(self, stream: Stream, runs: Runs) -> Losses:
+        """Forward alone."""
+        with self._routed(stream, runs, tick=0):
+            hidden, targets = self._supervised_hidden(stream)
+            parts = [
+                measured_losses(hidden[rows], logits, self._classes, targets[rows])
+                for rows, logits in self._logit_runs(stream, runs)
+            ]
+        return _per_document(torch.cat(parts), stream)
+
+    @contextmanager
+    def _routed(self, stream: Stream, runs: Runs, tick: int) -> Iterator[None]:
+        names = [name for name, count in runs for _ in range(count)]
+        if self.layout == "rows":
+            route = self.bank.route(names, tick)
+        else:
+            route = self.bank.stream(zip(names, stream.lengths.tolist(), strict=True), tick)
+        with route, streaming(Spans(stream.bounds)):
+            yield
+
+    def _supervised_hidden(self, stream: Stream) -> tuple[Tensor, Tensor]:
+        """Hidden states `[S, H]` at the positions that predict supervised tokens, and those tokens `[S]`."""
+        device = self.model.device
+        sources, tensors = stream.sources, _packed_inputs(stream)
+        if self.layout == "rows":
+            tensors, width = _row_inputs(stream)
+            sources = stream.owners * width + stream.positions[sources]
+        inputs = {name: torch.as_tensor(array, device=device) for name, array in tensors.items()}
+        at, targets = torch.as_tensor(sources, device=device), torch.as_tensor(stream.targets, device=device)
+        if self._own_logits:
+            hidden = self.model(**inputs, use_cache=False).logits
+        else:
+            hidden = self.model.base_model(**inputs, use_cache=False)[0]
+        return hidden.flatten(0, 1).index_select(0, at), targets
+
+    def _loss(
+        self, hidden: Tensor, targets: Tensor, weights: Tensor, stream: Stream, runs: Runs
+    ) -> tuple[Tensor, Tensor]:
+        head = self.model.get_output_embeddings()
+        if not self._own_logits and not any(name in self._trainers(head) for name, _ in runs):
+            return frozen_head_loss(hidden, getattr(head, "base", head), self.shaping, targets, weights)
+        total, losses = hidden.new_zeros((), dtype=torch.float32), []
+        for rows, logits in self._logit_runs(stream, runs):
+            loss, each = trained_head_loss(hidden[rows], logits, self._classes, targets[rows], weights[rows])
+            total = total + loss
+            losses.append(each)
+        return total, torch.cat(losses)
+
+    def _logit_runs(self, stream: Stream, runs: Runs) -> Iterator[tuple[slice, Callable[[Tensor], Tensor]]]:
+        """The supervised tokens of each run of documents, and the way from their hidden states to logits."""
+        borders = np.searchsorted(stream.owners, np.cumsum([0, *(count for _, count in runs)]))
+        for (name, _), start, stop in zip(runs, borders[:-1], borders[1:], strict=True):
+            yield slice(int(start), int(stop)), self._logits_of(name)
+
+    def _logits_of(self, name: str | None) -> Callable[[Tensor], Tensor]:
+        if self._own_logits:
+            return lambda logits: logits
+        head = self.model.get_output_embeddings()
+
+        def through(hidden: Tensor) -> Tensor:
+            with self.bank.use(name):
+                return self.shaping(head(hidden))
+
+        return through
+
+    @property
+    def _classes(self) -> int:
+        return self.model.get_output_embeddings().weight.shape[0]
+
+    @staticmethod
+    def _trainers(head: nn.Module) -> set[str]:
+        """Adapters that change the head."""
+        return {key.replace(":", ".") for key in head.adapters} if isinstance(head, Stand) else set()
+
+    # ── proof ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _prove_packing(self, want: _Probe) -> None:
+        got = self._probed(want)
+        if not _agree(got, want.logits):
+            raise UnpackableError("two packed documents do not come out as they do alone")
+        if not _agree(got[-1:], self._probed(want.with_another_first())[-1:], slack=0.25):
+            raise UnpackableError("a packed document changes with its neighbour")
+
+    def _prove_rows(self, want: _Probe) -> None:
+        """Padded rows with the model's own attention, and if need be its own logits."""
+        if _agree(self._probed(want), want.logits):
+            return
+        self._own_logits = True
+        if not _agree(self._probed(want), want.logits):
+            raise ModelError(f"{type(self.model).__name__}: padded rows do not come out as they do alone")
+
+    @torch.no_grad()
+    def _probed(self, probe: _Probe) -> list[Tensor]:
+        """Logits of the probe's documents as the engine gets them."""
+        stream = probe.stream()
+        runs = [(None, len(probe.documents))]
+        with self._routed(stream, runs, tick=0):
+            hidden, _ = self._supervised_hidden(stream)
+            logits = self._logits_of(None)(hidden)
+        return list(logits.split([len(tokens) - 1 for tokens in probe.documents]))
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """Two short documents of random tokens and the logits the untouched model gives each alone."""
+
+    documents: list[np.ndarray]
+    logits: list[Tensor]
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: PreTrainedModel) -> _Probe:
+        words = model.config.get_text_config().vocab_size
+        documents = [np.random.default_rng(seed).integers(words, size=size) for seed, size in enumerate((7, 9))]
+        rows = [torch.as_tensor(tokens, device=model.device).unsqueeze(0) for tokens in documents]
+        logits = [model(input_ids=row, use_cache=False).logits[0, :-1] for row in rows]
+        if not _agree([model(input_ids=rows[0][:, :4], use_cache=False).logits[0]], [logits[0][:4]]):
+            raise ModelError(
+                f"{type(model).__name__} is not causal: what a token predicts depends on what comes after it",
+                hint="train and evaluate take causal language models",
+            )
+        return cls(documents, logits)
+
+    def with_another_first(self) -> _Probe:
+        return _Probe([self.documents[0][::-1].copy(), self.documents[1]], self.logits)
+
+    def stream(self) -> Stream:
+        bounds = np.cumsum([0, *map(len, self.documents)])
+        tokens, owners = np.concatenate(self.documents), np.repeat([0, 1], np.diff(bounds))
+        positions = np.arange(len(tokens)) - bounds[owners]
+        later = positions > 0
+        sources = np.flatnonzero(later) - 1
+        spans = tuple(bounds.tolist())
+        return Stream(np.arange(2), tokens, positions, spans, sources, tokens[later], owners[later])
+
+
+def _agree(got: list[Tensor], want: list[Tensor], slack: float = 1.0) -> bool:
+    limit = slack * _SAME[want[0].dtype]
+    pairs = zip(got, want, strict=True)
+    return all(g.shape == w.shape and bool((g - w).norm() <= limit * w.norm()) for g, w in pairs)
+
+
+def _packed_inputs(stream: Stream) -> dict[str, np.ndarray]:
+    return {"input_ids": stream.tokens[None], "position_ids": stream.positions[None]}
+
+
+def _row_inputs(stream: Stream) -> tuple[dict[str, np.ndarray], int]:
+    """A row a document, padded on the right with token 0, which the mask hides; and the rows' width."""
+    lengths = stream.lengths
+    width = int(lengths.max())
+    mask = np.arange(width) < lengths[:, None]
+    tokens = np.zeros(mask.shape, dtype=np.int64)
+    tokens[mask] = stream.tokens
+    return {"input_ids": tokens, "attention_mask": mask.astype(np.int64)}, width
+
+
+def _per_document(losses: Tensor, stream: Stream) -> Losses:
+    each = losses.double().cpu().numpy()
+    documents = np.zeros(len(stream.documents))
+    np.add.at(documents, stream.owners, each)
+    return Losses(documents, float(each.sum()))
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """The base stays in evaluation mode, in training too: it is frozen, and dropout belongs to the adapters."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def _dropping(model: nn.Module) -> Iterator[None]:
+    """Adapters' dropout is on."""
+    layers = [module for module in model.modules() if isinstance(module, AdaptedLayer)]
+    for layer in layers:
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
+
+
+@contextmanager
+def _checkpointing(model: nn.Module) -> Iterator[None]:
+    """Each block keeps its input and is computed again in the backward pass.
+
+    transformers' own switch works in training mode only, where older models drop activations of the frozen base.
+    """
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward

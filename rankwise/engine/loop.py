@@ -1,0 +1,351 @@
+"""The training loop: one or many adapters of a bank on the same documents, step by step, resumable to the bit.
+
+    step ── documents of the step, cut into micro-batches ──▶ gradients of each adapter, normalised by supervised tokens
+         ── each adapter for itself: finite? clip, AdamW ──▶ event
+         ── now and then: validation, best so far, checkpoint
+
+Everything a step needs follows from its number (order, learning rate, dropout) or is in the checkpoint.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rankwise.data.corpus import Corpus
+from rankwise.data.order import Order, micro_batches
+from rankwise.data.stream import lay
+from rankwise.engine.evaluate import document_losses
+from rankwise.engine.folder import RunFolder, held_folder
+from rankwise.engine.forward import Forward
+from rankwise.engine.interrupt import Interrupt, Interrupted
+from rankwise.engine.run import Loop, Run
+from rankwise.engine.state import Checkpoint, newest_checkpoint, save_checkpoint
+from rankwise.engine.trainee import Trainee
+from rankwise.errors import DataError, RunFolderError, TrainingError, listing
+from rankwise.surgery.bank import Bank
+
+Observer = Callable[[dict[str, Any]], None]
+
+SKIPS_BEFORE_STOP = 5
+_MICRO_TOKENS = {"cpu": 2048, "cuda": 8192}
+_EVALUATIONS = 10  # a run, where the interval between them is left to us
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended for one adapter: `finished`, `early`, `diverged` or `not finite`."""
+
+    status: str
+    steps: int
+    best_step: int
+    best_loss: float | None
+    skipped: int
+
+    @property
+    def failed(self) -> bool:
+        return self.status in ("diverged", "not finite")
+
+
+def train(
+    bank: Bank,
+    runs: Mapping[str, Run],
+    data: Corpus,
+    *,
+    valid: Corpus | None = None,
+    loop: Loop | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    observe: Observer | None = None,
+) -> dict[str, Outcome]:
+    """Trains adapters of a bank; they end at their best validation loss, or at the last step without validation.
+
+    Args:
+        bank: holds every adapter that `runs` names.
+        runs: adapter → how it learns.
+        data, valid: documents to learn from and to judge by.
+        loop: shared settings.
+        out: run folder for metrics and checkpoints; None keeps nothing on disk.
+        resume: go on from the newest whole checkpoint in `out`.
+        observe: is told of every event, as written to metrics.jsonl.
+
+    Raises:
+        DataError: no documents.
+        RunFolderError: the folder is in use, holds another run, or has nothing to resume.
+        TrainingError: no adapter came through (diverged, or five steps in a row were not finite).
+        Interrupted: SIGINT or SIGTERM; what was learnt has been saved to `out`.
+    """
+    if not len(data):
+        raise DataError("there is nothing to learn from: no documents")
+    with ExitStack() as held:
+        folder = held.enter_context(held_folder(Path(out), resume=resume)) if out is not None else None
+        training = _Training(bank, runs, data, valid, loop or Loop(), folder, observe)
+        held.enter_context(training.forward)
+        if resume:
+            training.restore()
+        with Interrupt() as interrupt:
+            training.go(interrupt)
+    outcomes = training.outcomes()
+    if all(outcome.failed for outcome in outcomes.values()):
+        raise TrainingError(
+            f"training failed:\n{listing(f'{name}: {outcome.status}' for name, outcome in outcomes.items())}",
+            hint="lower the learning rate (a third is a good next try), or look at the rows named in the metrics",
+        )
+    return outcomes
+
+
+class _Training:
+    def __init__(
+        self,
+        bank: Bank,
+        runs: Mapping[str, Run],
+        data: Corpus,
+        valid: Corpus | None,
+        loop: Loop,
+        folder: RunFolder | None,
+        observe: Observer | None,
+    ) -> None:
+        self.bank, self.data, self.valid, self.loop = bank, data, valid, loop
+        self.folder, self.observe = folder, observe
+        self.forward = Forward(bank, checkpointing=loop.checkpointing)
+        self.lengths, self.supervised = data.lengths(), data.supervised_counts()
+        self.order = Order(self.lengths, loop.seed, loop.batch_tokens, loop.batch_documents)
+        self.steps = loop.max_steps or self.order.steps(loop.epochs)
+        device = bank.model.device.type
+        self.micro_tokens = (loop.micro_tokens or _MICRO_TOKENS.get(device, 8192)) // len(runs)
+        self.evaluate_every = loop.evaluate_every or max(1, round(self.steps / _EVALUATIONS))
+        self.save_every = loop.save_every or self.evaluate_every
+        self.trainees = {name: Trainee(bank, name, run) for name, run in runs.items()}
+        self.status = dict.fromkeys(runs, "learning")
+        self.done = 0
+        self.judged = -1  # the step that was last judged
+
+    # ── the course of a run ──────────────────────────────────────────────────────────────────────────────────────
+
+    def go(self, interrupt: Interrupt) -> None:
+        try:
+            while True:
+                at_end = self.done == self.steps or not self.active
+                if self.judged != self.done and (self.done % self.evaluate_every == 0 or at_end):
+                    self.judge(interrupt)
+                if self.done and (self.done % self.save_every == 0 or at_end):
+                    self.save()
+                if at_end or not self.active:
+                    break
+                self.step(interrupt)
+        except Interrupted:
+            for trainee in self.trainees.values():
+                trainee.forget()  # a half-gathered gradient is not part of any step
+            self.save()
+            raise
+        for name in self.active:
+            self.status[name] = "finished"
+        for trainee in self.trainees.values():
+            trainee.restore_best()
+
+    @property
+    def active(self) -> list[str]:
+        return [name for name, status in self.status.items() if status == "learning"]
+
+    def step(self, interrupt: Interrupt) -> None:
+        """One optimiser step of every adapter that is still learning."""
+        begun, names = time.perf_counter(), self.active
+        epoch, documents = self.order.step(self.done)
+        found = self.gather(documents, names, interrupt)
+        tokens, supervised = int(self.lengths[documents].sum()), int(self.supervised[documents].sum())
+        shared = {"step": self.done + 1, "epoch": epoch, "tokens": tokens, "supervised": supervised}
+        for name, losses in found.items():
+            trainee = self.trainees[name]
+            loss = float(losses.sum() / supervised)
+            lr = trainee.run.lr_at(self.done, self.steps)
+            norm = trainee.step(lr) if np.isfinite(loss) else None
+            if norm is None:
+                trainee.forget()
+                self.skip(name, documents, losses)
+                continue
+            trainee.guard.take(loss)
+            seconds = time.perf_counter() - begun
+            self.tell(
+                {
+                    "kind": "step",
+                    "adapter": name,
+                    "loss": loss,
+                    "lr": lr,
+                    "grad_norm": norm,
+                    "seconds": seconds,
+                    **shared,
+                }
+            )
+            if trainee.guard.diverged:
+                self.stop(name, "diverged")
+        self.done += 1
+
+    def gather(self, documents: np.ndarray, names: list[str], interrupt: Interrupt) -> dict[str, np.ndarray]:
+        """Gradients of one step; the summed loss of each document, by adapter.
+
+        Every adapter sees the same micro-batches side by side in one stream, and each document weighs the same
+        whatever micro-batch it is in: the step's loss is the mean over its supervised tokens.
+        """
+        losses = {name: np.zeros(len(documents)) for name in names}
+        place = {int(document): i for i, document in enumerate(documents)}
+        weight = 1.0 / self.supervised[documents].sum()
+        for number, micro in enumerate(micro_batches(documents, self.lengths, self.micro_tokens)):
+            interrupt.check()
+            stream = lay(self.data, np.tile(micro, len(names)))
+            runs = [(name, len(micro)) for name in names]
+            tick = (self.done << 20) + number
+            found = self.forward.learn(stream, runs, np.full(len(stream.documents), weight), tick)
+            own = [place[int(document)] for document in micro]
+            for name, part in zip(names, np.split(found.documents, len(names)), strict=True):
+                losses[name][own] = part
+        return losses
+
+    def judge(self, interrupt: Interrupt) -> None:
+        """Validation: the loss of each adapter, whether it is a new best, whether it is time to stop.
+
+        Before the first step it tells where training begins, which is no candidate for the best.
+        """
+        names = self.active
+        if self.valid is None or not names:
+            return
+        losses = document_losses(self.forward, self.valid, names, self.micro_tokens, lambda done, of: interrupt.check())
+        tokens = self.valid.supervised_counts().sum()
+        for name, row in zip(names, losses, strict=True):
+            loss, trainee = float(row.sum() / tokens), self.trainees[name]
+            best = self.done > 0 and trainee.judge(loss, self.done)
+            self.tell(
+                {
+                    "kind": "evaluation",
+                    "step": self.done,
+                    "adapter": name,
+                    "loss": loss,
+                    "documents": len(self.valid),
+                    "best": best,
+                }
+            )
+            if self.loop.patience and trainee.stale >= self.loop.patience:
+                self.stop(name, "early")
+        self.judged = self.done
+
+    # ── when something is wrong ──────────────────────────────────────────────────────────────────────────────────
+
+    def skip(self, name: str, documents: np.ndarray, losses: np.ndarray) -> None:
+        """A step whose numbers are not finite changes nothing, is counted, and its rows are named."""
+        guard = self.trainees[name].guard
+        guard.skip()
+        bad = documents[~np.isfinite(losses)]
+        rows = [self.data.origin(int(i)) for i in (bad if len(bad) else documents)]
+        self.tell({"kind": "event", "what": "skipped", "step": self.done + 1, "adapter": name, "rows": rows[:20]})
+        if guard.in_a_row >= SKIPS_BEFORE_STOP:
+            self.stop(name, "not finite")
+
+    def stop(self, name: str, status: str) -> None:
+        self.status[name] = status
+        self.tell({"kind": "event", "what": status, "step": self.done, "adapter": name})
+
+    def tell(self, event: dict[str, Any]) -> None:
+        if self.folder is not None:
+            self.folder.write_event(event)
+        if self.observe is not None:
+            self.observe(event)
+
+    # ── checkpoints ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def save(self) -> None:
+        """A checkpoint of this moment; a disk that is full loses the checkpoint, not the run."""
+        if self.folder is None:
+            return
+        numbers = {
+            "identity": self.identity(),
+            "status": self.status,
+            "judged": self.judged,
+            "metrics_bytes": self.folder.metrics_size(),
+            "trainees": {name: trainee.numbers() for name, trainee in self.trainees.items()},
+        }
+        tensors = {f"adapter-{name}": trainee.tensors() for name, trainee in self.trainees.items()}
+        tensors["rng"] = {"cpu": torch.get_rng_state()}
+        try:
+            save_checkpoint(self.folder.checkpoints, Checkpoint(self.done, numbers, tensors), self.loop.keep)
+        except RunFolderError as error:
+            self.tell({"kind": "event", "what": "checkpoint failed", "step": self.done, "message": str(error)})
+
+    def restore(self) -> None:
+        """Takes up the newest whole checkpoint.
+
+        Raises:
+            RunFolderError: there is none, it belongs to other settings or data (all listed), or its run is finished.
+        """
+        assert self.folder is not None
+        checkpoint, problems = newest_checkpoint(self.folder.checkpoints)
+        _check_same(checkpoint.numbers["identity"], self.identity())
+        self.status, self.done = checkpoint.numbers["status"], checkpoint.step
+        self.judged = checkpoint.numbers["judged"]
+        if self.done >= self.steps or not self.active:
+            raise RunFolderError(
+                f"{self.folder.path}: nothing to resume, the run is finished ({self.done} of {self.steps} steps)",
+                hint="--continue-from trains its adapter further in a new folder",
+            )
+        for name, trainee in self.trainees.items():
+            trainee.restore(dict(checkpoint.tensors[f"adapter-{name}"]), checkpoint.numbers["trainees"][name])
+        torch.set_rng_state(checkpoint.tensors["rng"]["cpu"])
+        self.folder.cut_metrics(checkpoint.numbers["metrics_bytes"])
+        for problem in problems:
+            self.tell(
+                {"kind": "event", "what": "damaged checkpoint passed over", "step": self.done, "message": problem}
+            )
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a resumed run to be the same run."""
+        return {
+            "base": self.bank.base_fingerprint,
+            "number format": str(self.bank.model.dtype),
+            "training documents": self.data.digest,
+            "validation documents": self.valid.digest if self.valid is not None else None,
+            "layout": self.forward.layout,
+            "micro_tokens": self.micro_tokens,
+            "steps": self.steps,
+            "loop": self.loop.model_dump(mode="json"),
+            "adapters": {
+                name: {
+                    "spec": self.bank.adapter(name).spec.model_dump(mode="json"),
+                    "run": trainee.run.model_dump(mode="json"),
+                }
+                for name, trainee in self.trainees.items()
+            },
+        }
+
+    def outcomes(self) -> dict[str, Outcome]:
+        found = {}
+        for name, trainee in self.trainees.items():
+            judged = trainee.best is not None
+            found[name] = Outcome(
+                status=self.status[name],
+                steps=self.done,
+                best_step=trainee.best_step if judged else self.done,
+                best_loss=trainee.best_loss if judged else None,
+                skipped=trainee.guard.skipped,
+            )
+        return found
+
+
+def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> None:
+    different = [f"{name}: was {old!r}, is {new!r}" for name, old, new in _differences(before, now)]
+    if different:
+        raise RunFolderError(
+            f"the checkpoint belongs to a run with other settings:\n{listing(different)}",
+            hint="resume with the same command; to change settings, train further with --continue-from",
+        )
+
+
+def _differences(before: Any, now: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        keys = dict.fromkeys([*before, *now])
+        return [d for k in keys for d in _differences(before.get(k), now.get(k), f"{path}.{k}" if path else str(k))]
+    return [] if before == now else [(path, before, now)]

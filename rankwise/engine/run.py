@@ -1,0 +1,72 @@
+"""What a training run is asked for: `Run` is one adapter's own, `Loop` is shared by all that train together."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import Field
+
+from rankwise.settings import Settings
+
+
+class Run(Settings):
+    """How one adapter learns: AdamW (arXiv:1711.05101) under a schedule, gradients clipped by their norm.
+
+    Args:
+        lr: peak learning rate, per optimiser step.
+        schedule: how it falls after the warm-up: straight to 0, along a cosine to 0, or not at all.
+        warmup: share of the steps over which it rises from 0.
+        weight_decay: decoupled, per step and relative to the learning rate.
+        betas, eps: AdamW's.
+        clip: largest norm of the adapter's gradient; longer ones are shortened to it.
+    """
+
+    lr: float = Field(default=2e-4, gt=0)
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup: float = Field(default=0.03, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0)
+    clip: float = Field(default=1.0, gt=0)
+
+    def lr_at(self, step: int, steps: int) -> float:
+        """Learning rate of a step (from 0) of so many."""
+        rising = math.ceil(self.warmup * steps)
+        if step < rising:
+            return self.lr * (step + 1) / rising
+        done = (step - rising) / max(1, steps - rising)
+        if self.schedule == "cosine":
+            return self.lr * 0.5 * (1 + math.cos(math.pi * done))
+        return self.lr * (1 - done) if self.schedule == "linear" else self.lr
+
+
+class Loop(Settings):
+    """How the documents go by.
+
+    Args:
+        epochs: passes over the documents; a part of one is allowed.
+        max_steps: or, so many optimiser steps, over as many epochs as they take; 0 counts by epochs.
+        batch_tokens: tokens of one optimiser step; documents are not cut to fit.
+        batch_documents: or, documents of one optimiser step, whatever their length.
+        micro_tokens: tokens that go through the model at once; a step is cut into as many such pieces as it takes,
+            with the same result; 0 chooses by device.
+        seed: of the adapter's start, the order of documents, and dropout.
+        evaluate_every: steps between evaluations on the validation documents; 0 chooses about ten a run.
+        save_every: steps between checkpoints; 0 saves at every evaluation.
+        patience: stop after so many evaluations without a new best; 0 never stops early.
+        keep: how many checkpoints stay on disk.
+        checkpointing: keep only each block's input and compute the rest again: less memory, a third more time.
+    """
+
+    epochs: float = Field(default=1, gt=0)
+    max_steps: int = Field(default=0, ge=0)
+    batch_tokens: int = Field(default=4096, ge=1)
+    batch_documents: int | None = Field(default=None, ge=1)
+    micro_tokens: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0)
+    evaluate_every: int = Field(default=0, ge=0)
+    save_every: int = Field(default=0, ge=0)
+    patience: int = Field(default=0, ge=0)
+    keep: int = Field(default=2, ge=1)
+    checkpointing: bool = False

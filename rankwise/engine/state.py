@@ -1,0 +1,126 @@
+"""Checkpoints: whole or not there.
+
+A checkpoint is built in a folder beside, flushed to the disk, given a manifest with the size and SHA-256 of each file,
+and only then renamed into place.  Resuming takes the newest whose manifest holds true.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rankwise.errors import RunFolderError
+
+SCHEMA = 1
+_MANIFEST, _NUMBERS = "manifest.json", "state.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All a run needs to go on: numbers, and tensors by group (one file each)."""
+
+    step: int
+    numbers: dict[str, Any]
+    tensors: Mapping[str, Mapping[str, Tensor]]
+
+
+def save_checkpoint(parent: Path, checkpoint: Checkpoint, keep: int) -> Path:
+    """Writes `step-NNNNNN` and removes all but the newest `keep`.
+
+    Raises:
+        RunFolderError: the disk is full or broken; older checkpoints are untouched.
+    """
+    place = parent / f"step-{checkpoint.step:06d}"
+    beside = parent / f".{place.name}.part"
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        beside.mkdir(parents=True)
+        for group, tensors in checkpoint.tensors.items():
+            save_file(
+                {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, beside / f"{group}.safetensors"
+            )
+        numbers = {"schema": SCHEMA, "step": checkpoint.step, **checkpoint.numbers}
+        (beside / _NUMBERS).write_text(json.dumps(numbers, allow_nan=False), encoding="utf-8")
+        files = {path.name: _facts(path) for path in sorted(beside.iterdir())}
+        (beside / _MANIFEST).write_text(json.dumps({"schema": SCHEMA, "files": files}), encoding="utf-8")
+        _flush(beside)
+        shutil.rmtree(place, ignore_errors=True)
+        beside.rename(place)
+    except OSError as error:
+        needed = sum(t.numel() * t.element_size() for group in checkpoint.tensors.values() for t in group.values())
+        shutil.rmtree(beside, ignore_errors=True)
+        free = shutil.disk_usage(parent.parent).free
+        raise RunFolderError(
+            f"{place}: checkpoint not written: {error.strerror}; it takes {needed:,} bytes, {free:,} are free",
+            hint="make room; the older checkpoints are intact",
+        ) from None
+    for old in _places(parent)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return place
+
+
+def newest_checkpoint(parent: Path) -> tuple[Checkpoint, list[str]]:
+    """The newest checkpoint that is whole, and what was wrong with newer ones.
+
+    Raises:
+        RunFolderError: there is none.
+    """
+    problems: list[str] = []
+    for place in _places(parent):
+        problem = _damage(place)
+        if problem is None:
+            return _read(place), problems
+        problems.append(problem)
+    found = "; ".join(problems) or "there is none"
+    raise RunFolderError(f"{parent}: no checkpoint to resume from: {found}", hint="begin again with another --out")
+
+
+def _places(parent: Path) -> list[Path]:
+    """Checkpoints, newest first."""
+    places = [place for place in parent.glob("step-*") if place.name.removeprefix("step-").isdigit()]
+    return sorted(places, key=lambda place: int(place.name.removeprefix("step-")), reverse=True)
+
+
+def _damage(place: Path) -> str | None:
+    try:
+        manifest = json.loads((place / _MANIFEST).read_text(encoding="utf-8"))
+        if manifest["schema"] != SCHEMA:
+            return f"{place.name}: schema {manifest['schema']}, this version reads {SCHEMA}"
+        for name, facts in manifest["files"].items():
+            if _facts(place / name) != facts:
+                return f"{place.name}: {name} is not what was written"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{place.name}: {error}"
+    return None
+
+
+def _read(place: Path) -> Checkpoint:
+    numbers = json.loads((place / _NUMBERS).read_text(encoding="utf-8"))
+    tensors = {path.stem: load_file(path) for path in place.glob("*.safetensors")}
+    return Checkpoint(numbers["step"], numbers, tensors)
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            sha.update(block)
+    return {"bytes": path.stat().st_size, "sha256": sha.hexdigest()}
+
+
+def _flush(folder: Path) -> None:
+    for path in [*folder.iterdir(), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,145 @@
+"""One adapter in training: its parameters, its optimiser, its guard.  Nothing is shared between two of them."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.engine.run import Run
+from rankwise.surgery.bank import Bank
+
+_WINDOW = 10  # steps whose mean loss is compared with the first one's
+
+
+@dataclass
+class Guard:
+    """Watches the losses: counts steps that were not finite, and says when a run has gone wrong for good.
+
+    A run has diverged when its loss, averaged over ten steps, stands half again above where it began plus 0.5 nats:
+    a fresh adapter begins at the base's loss, so by then training has made the model plainly worse.
+    """
+
+    skipped: int = 0
+    in_a_row: int = 0
+    first: float | None = None
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
+
+    def skip(self) -> None:
+        self.skipped += 1
+        self.in_a_row += 1
+
+    def take(self, loss: float) -> None:
+        self.in_a_row = 0
+        self.first = loss if self.first is None else self.first
+        self.recent.append(loss)
+
+    @property
+    def diverged(self) -> bool:
+        if self.first is None or len(self.recent) < _WINDOW:
+            return False
+        return sum(self.recent) / _WINDOW > 1.5 * self.first + 0.5
+
+    def state(self) -> dict[str, Any]:
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row, "first": self.first, "recent": list(self.recent)}
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> Guard:
+        return cls(state["skipped"], state["in_a_row"], state["first"], deque(state["recent"], maxlen=_WINDOW))
+
+
+class Trainee:
+    """An adapter of a bank with what it takes to train it.
+
+    Attributes:
+        parameters: by name, as the bank names them.
+        guard: what went wrong so far.
+        best: the adapter's tensors where validation was best, and `best_loss`, `best_step`; None before the first.
+    """
+
+    def __init__(self, bank: Bank, name: str, run: Run) -> None:
+        self.name, self.run = name, run
+        self.parameters: dict[str, nn.Parameter] = dict(bank.named_parameters(name))
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(True)
+        self.optimiser = torch.optim.AdamW(
+            list(self.parameters.values()),
+            lr=run.lr,
+            betas=run.betas,
+            eps=run.eps,
+            weight_decay=run.weight_decay,
+            fused=True,
+        )
+        self.guard = Guard()
+        self.best: dict[str, Tensor] | None = None
+        self.best_loss, self.best_step = float("inf"), 0
+        self.stale = 0
+
+    def step(self, lr: float) -> float | None:
+        """Clips and applies the gradients that have gathered; the norm before clipping, or None if not finite."""
+        parameters = list(self.parameters.values())
+        norm = float(nn.utils.clip_grad_norm_(parameters, self.run.clip))
+        finite = math.isfinite(norm)
+        if finite:
+            for group in self.optimiser.param_groups:
+                group["lr"] = lr
+            self.optimiser.step()
+        self.forget()
+        return norm if finite else None
+
+    def forget(self) -> None:
+        """Drops the gradients."""
+        self.optimiser.zero_grad(set_to_none=False)
+
+    def judge(self, loss: float, step: int) -> bool:
+        """Takes in a validation loss; True if it is the best so far."""
+        if loss < self.best_loss:
+            self.best_loss, self.best_step, self.stale = loss, step, 0
+            self.best = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+            return True
+        self.stale += 1
+        return False
+
+    @torch.no_grad()
+    def restore_best(self) -> None:
+        for name, tensor in (self.best or {}).items():
+            self.parameters[name].copy_(tensor)
+
+    # ── state ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that must be kept to go on, beside the numbers of `numbers`."""
+        kept = {f"parameter/{name}": parameter.detach() for name, parameter in self.parameters.items()}
+        kept |= {f"best/{name}": tensor for name, tensor in (self.best or {}).items()}
+        for name, parameter in self.parameters.items():
+            for part, tensor in self.optimiser.state.get(parameter, {}).items():
+                kept[f"optimiser.{part}/{name}"] = tensor
+        return kept
+
+    def numbers(self) -> dict[str, Any]:
+        best = {"loss": self.best_loss, "step": self.best_step, "stale": self.stale} if self.best else None
+        return {"guard": self.guard.state(), "best": best}
+
+    @torch.no_grad()
+    def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+        """The inverse of `tensors` and `numbers`."""
+        best: dict[str, Tensor] = {}
+        for key, tensor in tensors.items():
+            kind, _, name = key.partition("/")
+            if kind == "parameter":
+                self.parameters[name].copy_(tensor)
+            elif kind == "best":
+                best[name] = tensor.to(self.parameters[name].device)
+            else:
+                parameter = self.parameters[name]
+                own = tensor if tensor.dim() == 0 else tensor.to(parameter.device)
+                self.optimiser.state[parameter][kind.removeprefix("optimiser.")] = own
+        self.guard = Guard.of(numbers["guard"])
+        if numbers["best"] is not None:
+            self.best = best
+            self.best_loss, self.best_step = numbers["best"]["loss"], numbers["best"]["step"]
+            self.stale = numbers["best"]["stale"]
