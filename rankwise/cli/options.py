@@ -1,0 +1,21 @@
+"""Options that several verbs share, said once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str, typer.Option("--model", metavar="PATH_OR_ID", help="Base model: a folder, or an id on the hub.")]
+Data = Annotated[
+    list[str],
+    typer.Option(
+        "--data", metavar="FILE", help="JSONL, JSON, CSV or Parquet, or a hub data set's name; may be repeated."
+    ),
+]
+Adapter = Annotated[Path, typer.Option("--adapter", metavar="DIR", help="An adapter's folder, ours or PEFT's.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
+Force = Annotated[bool, typer.Option("--force", help="Go on though the base or its chat template is another.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto, bfloat16, float16 or float32.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, …")]

@@ -1,0 +1,57 @@
+"""`rankwise quickstart`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rankwise.cli.console import looking_on, print_json
+from rankwise.cli.options import Json
+
+
+def quickstart(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for data and run; must be new or empty.")] = Path(
+        "quickstart"
+    ),
+    model: Annotated[
+        str | None, typer.Option(metavar="PATH_OR_ID", help="Another base model than the packaged SmolLM2-135M.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Tune a small real model on real data from this machine and show by how much it is better, in minutes.
+
+    Example:
+      rankwise quickstart
+    """
+    from rankwise.cli.train import show
+    from rankwise.jobs.quickstart import run_quickstart
+
+    with looking_on(json) as watch:
+        found = run_quickstart(out, watch, model)
+        if json:
+            print_json(found)
+            return
+        _show_samples(found["samples"], watch)
+        show(found, watch)
+        run = found["out"]
+        watch.say(
+            "\n[bold]to try next[/bold]\n"
+            f"  open {found['report']} in a browser\n"
+            f"  rankwise chat --model {found['model']} --adapter {run}\n"
+            f"  rankwise evaluate --model {found['model']} --adapter {run} --data {found['data']}/test.jsonl\n"
+            f"  rankwise inspect {run}\n"
+            f"  rankwise merge --model {found['model']} --adapter {run} --out {out}/merged\n"
+            f"  rankwise train --model {found['model']} --data YOUR.jsonl --out runs/mine"
+        )
+
+
+def _show_samples(samples: list[dict[str, str]], watch: Any) -> None:
+    for sample in samples:
+        code = sample["prompt"].split("```")
+        shown = (code[1].removeprefix("python").strip() if len(code) > 1 else sample["prompt"]).replace("[", r"\[")
+        watch.say(f"\n[dim]{shown}[/dim]")
+        for title, colour in (("before", "yellow"), ("after", "green"), ("reference", "white")):
+            text = sample[title].replace("[", r"\[")
+            watch.say(f"[bold {colour}]{title:9}[/bold {colour}] {text}")

@@ -1,0 +1,69 @@
+"""Answers from the base or an adapter, by transformers' own `generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers.generation.streamers import BaseStreamer
+
+from rankwise.surgery.bank import Bank
+
+
+class _TextStream(BaseStreamer):
+    """Hands on each piece of text as soon as it is whole: a character may take several tokens."""
+
+    def __init__(self, tokenizer: Any, say: Callable[[str], None]) -> None:
+        self.tokenizer, self.say = tokenizer, say
+        self.tokens: list[int] = []
+        self.told = ""
+        self.prompted = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.prompted:
+            self.prompted = True
+            return
+        self.tokens += value.reshape(-1).tolist()
+        text = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
+        if not text.endswith("\ufffd"):
+            self.say(text[len(self.told) :])
+            self.told = text
+
+    def end(self) -> None:
+        text = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
+        self.say(text[len(self.told) :])
+
+
+@torch.no_grad()
+def answer(
+    bank: Bank,
+    name: str | None,
+    tokenizer: Any,
+    prompt: Sequence[int],
+    *,
+    stops: Sequence[int],
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    say: Callable[[str], None] | None = None,
+) -> str:
+    """What an adapter (None: the base) answers to `prompt` tokens, up to one of `stops` or `max_new_tokens`.
+
+    At temperature 0 always the likeliest token; `say` is given the text as it comes.
+    """
+    model = bank.model
+    ids = torch.tensor([list(prompt)], device=model.device)
+    chance: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    if not temperature:
+        chance |= {"temperature": None, "top_p": None, "top_k": None}
+    with bank.use(name):
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            eos_token_id=list(stops) or None,
+            pad_token_id=(list(stops) or [0])[0],
+            streamer=_TextStream(tokenizer, say) if say is not None else None,
+            **chance,
+        )
+    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)

@@ -1,0 +1,87 @@
+"""What an adapter folder or a model holds: what `rankwise inspect` does.  An adapter is read without its base."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from rankwise.adapters.presets import TARGET_ROLES
+from rankwise.errors import ModelError
+from rankwise.formats.peft import CONFIG, read_adapter
+from rankwise.formats.record import read_record
+from rankwise.surgery.sites import find_sites
+
+
+def run_inspection(what: str) -> dict[str, Any]:
+    """Of an adapter: sites with rank, scale and ‖ΔW‖, and the base it expects.  Of a model: its sites by role.
+
+    Raises:
+        AdapterFileError: the folder holds an adapter that cannot be read.
+        ModelError: it is neither an adapter's folder nor a model that can be found.
+    """
+    folder = Path(what).expanduser()
+    return _adapter(folder) if (folder / CONFIG).exists() else _model(what)
+
+
+def _adapter(folder: Path) -> dict[str, Any]:
+    adapter, record = read_adapter(folder), read_record(folder)
+    sites = {
+        path: {
+            "rank": factors.rank,
+            "scale": factors.scale,
+            "shape": [factors.shape.outputs, factors.shape.inputs, *factors.shape.kernel],
+            "delta_norm": factors.delta_norm(),
+        }
+        for path, factors in adapter.sites.items()
+    }
+    return {
+        "kind": "adapter",
+        "path": str(folder),
+        "parameters": adapter.parameter_count(),
+        "digest": adapter.digest(),
+        "spec": adapter.spec.model_dump(mode="json"),
+        "changes_nothing": not adapter.modules and not any(site["delta_norm"] for site in sites.values()),
+        "base": record["base"] if record is not None else None,
+        "training": record.get("training") if record is not None else None,
+        "modules": sorted(adapter.modules),
+        "sites": sites,
+    }
+
+
+def _model(source: str) -> dict[str, Any]:
+    """From the config alone: the model is built without memory for its weights."""
+    try:
+        config = AutoConfig.from_pretrained(source)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"{source}: neither an adapter's folder nor a model that can be read: {first}",
+            hint=f"an adapter's folder holds {CONFIG}, a model's config.json",
+        ) from None
+    sites = find_sites(model)
+    presets = {}
+    for preset, roles in TARGET_ROLES.items():
+        chosen = [site for site in sites.values() if site.role in roles]
+        presets[preset] = {
+            "layers": sorted({site.path.rsplit(".", 1)[-1] for site in chosen}),
+            "sites": len(chosen),
+            "parameters_per_rank": sum(site.shape.parameters(1) for site in chosen),
+        }
+    return {
+        "kind": "model",
+        "path": source,
+        "architecture": type(model).__name__,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "roles": dict(Counter(site.role for site in sites.values())),
+        "presets": presets,
+        "sites": {
+            path: {"role": site.role, "shape": [site.shape.outputs, site.shape.inputs, *site.shape.kernel]}
+            for path, site in sites.items()
+        },
+    }

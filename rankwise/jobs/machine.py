@@ -1,0 +1,58 @@
+"""Which machine and which versions: part of every record."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rankwise.frozen.precision import Precision
+from rankwise.kernels.library import native
+
+_NAMED = ("rankwise", "torch", "transformers", "safetensors", "tokenizers", "numpy")
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in _NAMED:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def machine_facts(device: torch.device, precision: Precision) -> dict[str, Any]:
+    """What decides speed and bits: processor, threads, memory, device, number format, kernels."""
+    facts: dict[str, Any] = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": _memory_bytes(),
+        "device": str(device),
+        "number_format": f"{str(precision.dtype).removeprefix('torch.')}: {precision.reason}",
+        "kernels": "compiled" if device.type == "cpu" and native() is not None else "plain PyTorch",
+    }
+    if device.type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name(device)
+    return facts
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or "unknown"
+
+
+def _memory_bytes() -> int | None:
+    if sys.platform == "win32":
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,69 @@
+"""What is about to be trained, told before the first step: sites, scale, settings, documents, and one row of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from rankwise.data.template import Template
+from rankwise.frozen.load import Base
+from rankwise.jobs.request import TrainRequest
+from rankwise.surgery.bank import Bank
+
+if TYPE_CHECKING:
+    from rankwise.jobs.train import Documents
+
+_SHOWN_TOKENS = 160
+
+
+def plan_text(request: TrainRequest, base: Base, bank: Bank, documents: Documents, template: Template) -> str:
+    """Rich markup; trained tokens of the shown row are highlighted."""
+    adapter = bank.adapter(bank.names[0])
+    kinds = Counter((path.rsplit(".", 1)[-1], f.rank, f.scale) for path, f in adapter.sites.items())
+    size = sum(parameter.numel() for parameter in base.model.parameters()) - adapter.parameter_count()
+    lines = [
+        f"[bold]base[/bold]      {_plain(base.name)}: {size / 1e6:,.1f} M parameters, "
+        f"{str(base.precision.dtype).removeprefix('torch.')} ({base.precision.reason}), {base.device}",
+        f"[bold]adapter[/bold]   {adapter.parameter_count() / 1e6:,.2f} M parameters "
+        f"({adapter.parameter_count() / size:.2%} of the base), alpha {adapter.spec.alpha:g}, {adapter.spec.scaling}",
+        *(
+            f"            {count} × {leaf}: rank {rank}, effective scale {scale:.4g}"
+            for (leaf, rank, scale), count in kinds.items()
+        ),
+        *(f"            {path}: trained whole" for path in adapter.modules),
+        *(f"[bold]{name:9}[/bold] {_counted(facts)}" for name, facts in documents.facts.items()),
+        "[bold]settings[/bold]",
+        *(f"  {row['name']:15} {_shown(row['value']):14} [dim]{row['reason']}[/dim]" for row in request.table()),
+        "[bold]one row as it is trained[/bold] (trained tokens highlighted)",
+        _row(documents, template),
+    ]
+    return "\n".join(lines)
+
+
+def _counted(facts: dict[str, Any]) -> str:
+    text = f"{facts['documents']:,} documents, {facts['tokens']:,} tokens, {facts['supervised']:,} of them supervised"
+    if facts["truncated"]:
+        text += f"; {facts['truncated']:,} cut to length"
+    for reason, count in facts["dropped"].items():
+        text += f"; {count:,} dropped: {reason}"
+    return text
+
+
+def _row(documents: Documents, template: Template) -> str:
+    tokens, mask = documents.train.document(0)
+    first = max(0, int(mask.argmax()) - _SHOWN_TOKENS // 2)
+    shown = slice(first, first + _SHOWN_TOKENS)
+    pieces = template.marked(tokens[shown], mask[shown])
+    text = "".join(f"[black on green]{_plain(t)}[/]" if trained else _plain(t) for t, trained in pieces)
+    return ("… " if first else "") + text + (" …" if shown.stop < len(tokens) else "")
+
+
+def _shown(value: Any) -> str:
+    if value is None or value in ([], {}):
+        return "-"
+    return _plain(", ".join(map(str, value)) if isinstance(value, list) else str(value))
+
+
+def _plain(text: str) -> str:
+    """Text as it is: what looks like markup is not."""
+    return text.replace("[", r"\[")

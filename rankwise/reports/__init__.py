@@ -1,0 +1,1 @@
+"""Reports: what a run's folder says, as one self-contained page and as a model card.  Torch-free."""

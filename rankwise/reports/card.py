@@ -1,0 +1,208 @@
+"""README.md: the adapter's model card, as Hugging Face reads it.
+
+It travels further than the folder does, so it names files and models but no paths of this machine.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePath
+
+from rankwise.reports import numbers
+from rankwise.reports.folder import CARD, place
+from rankwise.reports.paired import pair
+from rankwise.reports.reader import read_run
+from rankwise.reports.run import Evaluation, Record, Run, Sample, Split
+from rankwise.reports.sites import group_sites
+from rankwise.reports.verdict import judge, stop
+
+LONGEST_SAMPLE = 1_500
+MOST_SAMPLES = 3
+
+# A name the Hub could know: `gpt2` or `owner/model`.  Anything else is a place on somebody's disk.
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+
+
+def write_card(folder: Path) -> Path:
+    """Writes `README.md` into a run's folder and says where.
+
+    Raises:
+        RunFolderError: the folder cannot be read; lists all that is missing or malformed.
+    """
+    run = read_run(folder)
+    return place(run.folder, CARD, render(run))
+
+
+def render(run: Run) -> str:
+    """The whole card."""
+    verdict = judge(run)
+    parts = [
+        _front_matter(run.record),
+        f"# {_escaped(run.name)}",
+        f"A LoRA adapter for {_escaped(_base(run.record))}, trained with rankwise.",
+        f"**{_escaped(verdict.sentence)}**",
+        "\n".join(f"- {_escaped(caveat)}" for caveat in verdict.caveats),
+        _usage(run.record),
+        _comparison(run.evaluation) if run.evaluation else "",
+        _samples(run.samples[:MOST_SAMPLES]),
+        _adapter(run.record),
+        _training(run.record),
+        _settings(run.record),
+        _data(run.record),
+        _limits(run),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _front_matter(record: Record) -> str:
+    # A licence that nobody stated is left out: a guess would be a promise.
+    base = [f"base_model: {json.dumps(record.base.name)}"] if _HUB_NAME.fullmatch(record.base.name) else []
+    lines = [*base, "library_name: peft", "pipeline_tag: text-generation", "tags:", "- lora", "- rankwise"]
+    return "\n".join(["---", *lines, "---"])
+
+
+def _base(record: Record) -> str:
+    name = record.base.name
+    return name if _HUB_NAME.fullmatch(name) else PurePath(name).name or name
+
+
+def _usage(record: Record) -> str:
+    base = json.dumps(_base(record), ensure_ascii=False)
+    return f"""## Use
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained({base})
+model = AutoModelForCausalLM.from_pretrained({base})
+model = PeftModel.from_pretrained(model, "path/to/this/folder")
+```
+
+Or without a line of code: `rankwise chat --model MODEL --adapter path/to/this/folder`."""
+
+
+def _comparison(evaluation: Evaluation) -> str:
+    rows = [("base", numbers.decimal(evaluation.base.loss), numbers.perplexity(evaluation.base.loss), "", "", "")]
+    for adapter in evaluation.adapters:
+        delta, places = adapter.delta, numbers.decimals_for((adapter.delta.high - adapter.delta.low) / 2)
+        paired = pair(evaluation.per_document, adapter.name)
+        rows.append(
+            (
+                adapter.name,
+                numbers.decimal(adapter.loss),
+                numbers.perplexity(adapter.loss),
+                numbers.signed(delta.mean, places),
+                f"{numbers.signed(delta.low, places)} … {numbers.signed(delta.high, places)}",
+                f"{paired.better:,} of {paired.documents:,}" if paired else "",
+            )
+        )
+    interval = f"{100 * evaluation.confidence:g} % interval"
+    head = ("model", "loss", "perplexity", "difference", interval, "documents better")
+    documents, tokens = numbers.counted(evaluation.documents, "document"), numbers.counted(evaluation.tokens, "token")
+    note = f"Nats per token on {documents}, {tokens}; paired by document, bootstrap. Negative is better."
+    return f"## Base against tuned\n\n{_table(head, rows)}\n\n{note}"
+
+
+def _samples(samples: Sequence[Sample]) -> str:
+    if not samples:
+        return ""
+    parts = ["## Before and after"]
+    for sample in samples:
+        texts = [("Prompt", sample.prompt), ("Before", sample.before), ("After", sample.after)]
+        if sample.reference is not None:
+            texts.append(("Reference", sample.reference))
+        parts += [f"{label}:\n\n{_fenced(text)}" for label, text in texts]
+        parts.append("---")
+    return "\n\n".join(parts[:-1])
+
+
+def _adapter(record: Record) -> str:
+    rows = [
+        (group.where, " ".join(group.names), group.sites, group.rank, group.alpha, group.scale)
+        for group in group_sites(record.sites)
+    ]
+    spec = record.spec
+    axes = f"Form {spec.form}, scaling {spec.scaling}, storage {spec.storage}, rates {spec.rates}, init {spec.init}"
+    parameters = numbers.counted(record.parameters, "parameter")
+    table = _table(("where", "layers", "sites", "rank", "alpha", "scale"), rows)
+    return f"## The adapter\n\n{_escaped(f'{parameters}. {axes}, dropout {numbers.plain(spec.dropout)}.')}\n\n{table}"
+
+
+def _training(record: Record) -> str:
+    training = record.training
+    if training is None:
+        return ""
+    rows: list[tuple[object, object]] = [
+        ("ending", f"training {stop(training.stopped)}"),
+        ("steps", numbers.count(training.steps)),
+        ("epochs", numbers.plain(training.epochs)),
+        ("tokens", f"{numbers.count(training.tokens)}, {numbers.count(training.supervised)} supervised"),
+        ("time", f"{numbers.duration(training.seconds)}, {numbers.count(round(training.tokens_per_second))} tokens/s"),
+    ]
+    if training.best_step is not None:
+        rows.append(("best step", numbers.count(training.best_step)))
+    if training.peak_memory_bytes is not None:
+        rows.append(("peak memory", numbers.size(training.peak_memory_bytes)))
+    rows += [(name, version) for name, version in record.versions.items()]
+    return f"## Training\n\n{_table(('fact', 'value'), rows)}"
+
+
+def _settings(record: Record) -> str:
+    if not record.settings:
+        return ""
+    rows = [(setting.name, numbers.anything(setting.value), setting.reason) for setting in record.settings]
+    return f"## Every setting and its reason\n\n{_table(('setting', 'value', 'reason'), rows)}"
+
+
+def _data(record: Record) -> str:
+    if record.data is None:
+        return ""
+    splits = [("training", record.data.train)] + ([("validation", record.data.valid)] if record.data.valid else [])
+    head = ("split", "documents", "tokens", "supervised", "truncated", "dropped", "files")
+    return f"## Data\n\n{_table(head, [_split_row(name, split) for name, split in splits])}"
+
+
+def _split_row(name: str, split: Split) -> tuple[str, ...]:
+    dropped = "; ".join(f"{number:,} × {reason}" for reason, number in split.dropped.items() if number)
+    files = ", ".join(f"{PurePath(file.path).name} ({file.sha256[:12]}…)" for file in split.files)
+    counts = (split.documents, split.tokens, split.supervised, split.truncated)
+    return (name, *map(numbers.count, counts), dropped or "none", files)
+
+
+def _limits(run: Run) -> str:
+    measured = (
+        f"Measured on {numbers.counted(run.evaluation.documents, 'document')} only"
+        if run.evaluation
+        else "Not measured on any document"
+    )
+    return (
+        f"## Limits\n\n{measured}; nothing is known about other tasks, or about what was forgotten. "
+        f"Licence, biases and gaps of the base hold here too. "
+        f"Base fingerprint {_escaped(run.record.base.fingerprint)}, adapter digest {_escaped(run.record.digest)}."
+    )
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [
+        head,
+        ["---"] * len(head),
+        *([_escaped(cell if isinstance(cell, str) else numbers.anything(cell)) for cell in row] for row in rows),
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _escaped(text: str) -> str:
+    """Text that means nothing to Markdown or HTML, on one line."""
+    return re.sub(r"([\\`*_\[\]<>|#&~])", r"\\\1", " ".join(text.split()))
+
+
+def _fenced(text: str) -> str:
+    """Text in a fence longer than any it holds."""
+    left = len(text) - LONGEST_SAMPLE
+    shown = text if left <= 0 else f"{text[:LONGEST_SAMPLE]}\n… and {numbers.counted(left, 'more character')}"
+    longest = max((len(run) for run in re.findall(r"`+", shown)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}text\n{shown}\n{fence}"

@@ -1,0 +1,158 @@
+"""report.html: one file that a sceptic accepts and anyone understands.  No network, no script."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from rankwise.reports import numbers
+from rankwise.reports.folder import REPORT, place
+from rankwise.reports.paired import Paired, pair
+from rankwise.reports.plots import documents_plot, interval_plot, loss_plot, norm_plot, rate_plot
+from rankwise.reports.reader import read_run
+from rankwise.reports.run import AdapterLoss, Evaluation, Run
+from rankwise.reports.series import training_losses
+from rankwise.reports.sites import group_sites
+from rankwise.reports.verdict import Kind, Verdict, judge, judge_adapter, stop
+
+# A model that never stops talking must not make a page that never stops loading.
+LONGEST_SAMPLE = 12_000
+MOST_EVENTS = 20
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One large number with its meaning below."""
+
+    value: str
+    label: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One adapter's row beside the base's."""
+
+    adapter: AdapterLoss
+    kind: Kind
+    places: int
+    paired: Paired | None
+
+
+def write_report(folder: Path) -> Path:
+    """Writes `report.html` into a run's folder and says where.
+
+    Raises:
+        RunFolderError: the folder cannot be read; lists all that is missing or malformed.
+    """
+    run = read_run(folder)
+    return place(run.folder, REPORT, render(run))
+
+
+def render(run: Run) -> str:
+    """The whole page."""
+    verdict = judge(run)
+    comparisons = _comparisons(run.evaluation) if run.evaluation else ()
+    paired = comparisons[0].paired if comparisons else None
+    return (
+        _environment()
+        .get_template("page.html")
+        .render(
+            run=run,
+            record=run.record,
+            training=run.record.training,
+            evaluation=run.evaluation,
+            verdict=verdict,
+            tiles=_tiles(run, verdict),
+            loss=loss_plot(run),
+            interval=interval_plot(run.evaluation) if run.evaluation else None,
+            comparisons=comparisons,
+            documents=documents_plot(paired) if paired else None,
+            rate=rate_plot(run),
+            norm=norm_plot(run),
+            sites=group_sites(run.record.sites),
+        )
+    )
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "anything": numbers.anything,
+        "count": numbers.count,
+        "counted": numbers.counted,
+        "decimal": numbers.decimal,
+        "duration": numbers.duration,
+        "perplexity": numbers.perplexity,
+        "plain": numbers.plain,
+        "signed": numbers.signed,
+        "size": numbers.size,
+        "stop": stop,
+        "unbroken": numbers.unbroken,
+    }
+    environment.globals |= {
+        "percent": numbers.percent,
+        "LONGEST_SAMPLE": LONGEST_SAMPLE,
+        "MOST_EVENTS": MOST_EVENTS,
+    }
+    return environment
+
+
+def _comparisons(evaluation: Evaluation) -> tuple[Comparison, ...]:
+    return tuple(
+        Comparison(
+            adapter,
+            judge_adapter(evaluation, adapter),
+            numbers.decimals_for((adapter.delta.high - adapter.delta.low) / 2),
+            pair(evaluation.per_document, adapter.name),
+        )
+        for adapter in evaluation.adapters
+    )
+
+
+def _tiles(run: Run, verdict: Verdict) -> list[Tile]:
+    tiles = _measured_tiles(run.evaluation) if run.evaluation else _unmeasured_tiles(run)
+    if training := run.record.training:
+        speed = numbers.count(round(training.tokens_per_second))
+        steps = numbers.counted(training.steps, "step")
+        tiles.append(Tile(numbers.duration(training.seconds), f"training, {steps} at {speed} tokens/s"))
+    sites = numbers.counted(len(run.record.sites), "layer")
+    tiles.append(Tile(numbers.short_count(run.record.parameters), f"trained parameters at {sites}"))
+    return tiles
+
+
+def _measured_tiles(evaluation: Evaluation) -> list[Tile]:
+    adapter, *_ = evaluation.adapters
+    delta, places = adapter.delta, numbers.decimals_for((adapter.delta.high - adapter.delta.low) / 2)
+    interval = f"{numbers.signed(delta.low, places)} … {numbers.signed(delta.high, places)}"
+    tiles = [
+        Tile(numbers.signed(delta.mean, places), f"nats/token against the base, {interval}"),
+        Tile(
+            f"{numbers.perplexity(evaluation.base.loss)} → {numbers.perplexity(adapter.loss)}",
+            "perplexity, base → tuned",
+        ),
+    ]
+    if paired := pair(evaluation.per_document, adapter.name):
+        share = numbers.percent(paired.better, paired.documents)
+        tiles.append(Tile(share, f"of unseen documents better: {paired.better:,} of {paired.documents:,}"))
+    return tiles
+
+
+def _unmeasured_tiles(run: Run) -> list[Tile]:
+    tiles = []
+    for name, curve in run.curves.items():
+        smoothed = training_losses(curve)[1].ys
+        if smoothed:
+            whose = f" of {name}" if len(run.curves) > 1 else ""
+            ends = f"{numbers.decimal(smoothed[0], 2)} → {numbers.decimal(smoothed[-1], 2)}"
+            tiles.append(Tile(ends, f"training loss{whose}, smoothed, first → last"))
+    return tiles

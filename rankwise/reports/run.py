@@ -1,0 +1,227 @@
+"""The nouns of a finished or interrupted run, as its folder records them.
+
+file              noun                              without it
+rankwise.json     Record                            there is no report
+metrics.jsonl     Step, Validation, Event           no curves
+evaluation.json   Evaluation                        no verdict
+samples.json      Sample                            no samples
+
+Losses are nats per supervised token unless a field says otherwise; a difference is adapter − base: negative is better.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt
+
+# Law 10: names are opaque and closed, so that they can stand in a file name, a plot or a table without being read.
+AdapterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The four axes and the sites asked for; the words are those of `adapters/spec.py`, open to later forms."""
+
+    rank: PositiveInt
+    alpha: FiniteFloat
+    targets: str | tuple[str, ...]
+    form: str
+    scaling: str
+    storage: str
+    rates: str
+    dropout: FiniteFloat
+    init: str
+    rank_pattern: dict[str, PositiveInt] = field(default_factory=dict)
+    alpha_pattern: dict[str, FiniteFloat] = field(default_factory=dict)
+    modules_to_save: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Base:
+    name: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Site:
+    rank: PositiveInt
+    scale: FiniteFloat
+    alpha: FiniteFloat
+
+
+@dataclass(frozen=True)
+class Setting:
+    name: str
+    value: Any
+    reason: str
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    path: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """What one half of the data came to after reading, templating and fitting."""
+
+    files: tuple[SourceFile, ...]
+    documents: NonNegativeInt
+    tokens: NonNegativeInt
+    supervised: NonNegativeInt
+    truncated: NonNegativeInt = 0
+    dropped: dict[str, NonNegativeInt] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Data:
+    train: Split
+    valid: Split | None = None
+
+
+@dataclass(frozen=True)
+class Template:
+    digest: str
+
+
+@dataclass(frozen=True)
+class Training:
+    steps: NonNegativeInt
+    epochs: FiniteFloat
+    tokens: NonNegativeInt
+    supervised: NonNegativeInt
+    seconds: FiniteFloat
+    tokens_per_second: FiniteFloat
+    stopped: str
+    peak_memory_bytes: NonNegativeInt | None = None
+    best_step: NonNegativeInt | None = None
+    skipped_steps: NonNegativeInt = 0
+
+
+@dataclass(frozen=True)
+class Record:
+    """rankwise.json.  An adapter saved outside a run has no facts: everything from `versions` on may be absent."""
+
+    schema: int
+    spec: Spec
+    base: Base
+    digest: str
+    parameters: NonNegativeInt
+    sites: dict[str, Site]
+    modules: tuple[str, ...] = ()
+    versions: dict[str, str] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)
+    settings: tuple[Setting, ...] = ()
+    data: Data | None = None
+    template: Template | None = None
+    training: Training | None = None
+    command: str | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimiser step.  Loss and norm may be missing or not finite: that is what a diverged run looks like."""
+
+    step: NonNegativeInt
+    adapter: AdapterName
+    supervised: NonNegativeInt
+    loss: float | None = None
+    lr: float | None = None
+    grad_norm: float | None = None
+
+
+@dataclass(frozen=True)
+class Validation:
+    """A look at the validation documents while training."""
+
+    step: NonNegativeInt
+    adapter: AdapterName
+    loss: float | None
+    documents: PositiveInt
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something worth telling: a skipped step, a resume, a checkpoint."""
+
+    step: NonNegativeInt
+    what: str
+    details: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """All that was measured of one adapter while it trained, in order of steps, each step once."""
+
+    steps: tuple[Step, ...]
+    validations: tuple[Validation, ...]
+
+
+@dataclass(frozen=True)
+class BaseLoss:
+    loss: FiniteFloat
+
+
+@dataclass(frozen=True)
+class Delta:
+    mean: FiniteFloat
+    low: FiniteFloat
+    high: FiniteFloat
+
+
+@dataclass(frozen=True)
+class AdapterLoss:
+    name: AdapterName
+    loss: FiniteFloat
+    delta: Delta
+
+
+@dataclass(frozen=True)
+class PerDocument:
+    """Sums of nats over each document's supervised tokens, base and adapters in the same order of documents."""
+
+    tokens: tuple[PositiveInt, ...]
+    base: tuple[FiniteFloat, ...]
+    adapters: dict[str, tuple[FiniteFloat, ...]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Base and adapters on the same unseen documents, paired."""
+
+    documents: PositiveInt
+    tokens: PositiveInt
+    base: BaseLoss
+    adapters: Annotated[tuple[AdapterLoss, ...], Field(min_length=1)]
+    confidence: Annotated[float, Field(gt=0, lt=1)]
+    per_document: PerDocument | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt answered before and after training.  Untrusted text, all of it."""
+
+    prompt: str
+    before: str
+    after: str
+    reference: str | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder, read and checked."""
+
+    folder: Path
+    record: Record
+    curves: dict[str, Curve]
+    events: tuple[Event, ...]
+    evaluation: Evaluation | None
+    samples: tuple[Sample, ...]
+
+    @property
+    def name(self) -> str:
+        return self.folder.name

@@ -1,0 +1,110 @@
+"""One sentence that says whether it worked, and the reasons to believe it no further than it goes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rankwise.reports.numbers import counted, decimal, decimals_for, percent, perplexity, signed
+from rankwise.reports.paired import pair
+from rankwise.reports.run import AdapterLoss, Evaluation, Run
+
+Kind = Literal["better", "worse", "unclear", "unmeasured"]
+
+# With five documents even five improvements out of five are a 6 % coincidence (sign test, two sides); six are 3 %.
+FEWEST_DOCUMENTS = 6
+FEW_DOCUMENTS = 30
+
+STOPS = {
+    "finished": "ran to its end",
+    "early": "stopped early, because the validation loss no longer fell",
+    "diverged": "was stopped because it diverged",
+    "not finite": "was stopped because its numbers were no longer finite",
+    "interrupted": "was interrupted",
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    kind: Kind
+    sentence: str
+    caveats: tuple[str, ...] = ()
+
+
+def judge(run: Run) -> Verdict:
+    """The verdict on the run's first adapter; the page's table has the others."""
+    if run.evaluation is None:
+        return _unmeasured(run)
+    adapter = run.evaluation.adapters[0]
+    kind = judge_adapter(run.evaluation, adapter)
+    return Verdict(kind, _sentence(run.evaluation, adapter, kind), tuple(_caveats(run, run.evaluation)))
+
+
+def judge_adapter(evaluation: Evaluation, adapter: AdapterLoss) -> Kind:
+    """What the interval of the paired difference allows to say."""
+    if evaluation.documents < FEWEST_DOCUMENTS:
+        return "unclear"
+    if adapter.delta.high < 0:
+        return "better"
+    return "worse" if adapter.delta.low > 0 else "unclear"
+
+
+def stop(stopped: str) -> str:
+    """How the training ended, in words; an ending unknown to this version is quoted."""
+    return STOPS.get(stopped, f"stopped: {stopped}")
+
+
+def _sentence(evaluation: Evaluation, adapter: AdapterLoss, kind: Kind) -> str:
+    delta, places = adapter.delta, decimals_for((adapter.delta.high - adapter.delta.low) / 2)
+    tuned = "tuned" if len(evaluation.adapters) == 1 else f"tuned ({adapter.name})"
+    confidence = f"{100 * evaluation.confidence:g} %"
+    documents = counted(evaluation.documents, "unseen document")
+    ends = f"perplexity {perplexity(evaluation.base.loss)} → {perplexity(adapter.loss)}"
+    if evaluation.documents < FEWEST_DOCUMENTS:
+        return (
+            f"Too few documents to tell: {tuned} and base differ by {signed(delta.mean, places)} nats/token on "
+            f"{documents}, {ends}."
+        )
+    if paired := pair(evaluation.per_document, adapter.name):
+        ends += f"; better on {percent(paired.better, paired.documents)} of them"
+    if kind == "unclear":
+        return (
+            f"No measurable difference between {tuned} and base on {documents}: the {confidence} interval of the "
+            f"difference, {signed(delta.low, places)} … {signed(delta.high, places)} nats/token, includes zero; {ends}."
+        )
+    small, large = sorted((abs(delta.low), abs(delta.high)))
+    return (
+        f"T{tuned[1:]} is {kind} than the base by {decimal(abs(delta.mean), places)} nats/token ({confidence} interval "
+        f"{decimal(small, places)} … {decimal(large, places)}) on {documents}, {ends}."
+    )
+
+
+def _caveats(run: Run, evaluation: Evaluation) -> list[str]:
+    caveats = []
+    if FEWEST_DOCUMENTS <= evaluation.documents < FEW_DOCUMENTS:
+        caveats.append(
+            f"With {evaluation.documents} documents the interval itself is uncertain; "
+            f"{FEW_DOCUMENTS} or more make it trustworthy."
+        )
+    valid = run.record.data.valid if run.record.data else None
+    looks = max((len(curve.validations) for curve in run.curves.values()), default=0)
+    chosen = run.record.training is not None and run.record.training.best_step is not None
+    if chosen and looks > 1 and valid and valid.documents == evaluation.documents:
+        caveats.append(
+            f"The evaluation counts as many documents as the validation set. If they are the same, they also chose the "
+            f"best of {looks} checkpoints, which makes the figure slightly too kind."
+        )
+    return caveats + _skipped(run)
+
+
+def _skipped(run: Run) -> list[str]:
+    skipped = run.record.training.skipped_steps if run.record.training else 0
+    return [f"Skipped for numbers that were not finite: {counted(skipped, 'step')}."] if skipped else []
+
+
+def _unmeasured(run: Run) -> Verdict:
+    training = run.record.training
+    ending = f"; training {stop(training.stopped)} after {counted(training.steps, 'step')}" if training else ""
+    sentence = f"Not compared with the base: this folder holds no evaluation{ending}."
+    caveat = "Whether the adapter helps on unseen documents is not known until rankwise evaluate has measured it."
+    return Verdict("unmeasured", sentence, (caveat, *_skipped(run)))
