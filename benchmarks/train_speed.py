@@ -45,6 +45,21 @@ def documents_of(folder: Path, split: str) -> Any:
 # ── the sides ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def padded_batch(batch: list[dict[str, Any]], seen: list[int]) -> dict[str, Any]:
+    """Rows padded to the longest; their real tokens are counted into `seen`."""
+    import torch
+
+    lengths = torch.tensor([len(row["input_ids"]) for row in batch])
+    width = int(lengths.max())
+    seen.append(int(lengths.sum()))
+
+    def padded(name: str, fill: int) -> torch.Tensor:
+        return torch.tensor([row[name] + [fill] * (width - len(row[name])) for row in batch])
+
+    mask = (torch.arange(width) < lengths[:, None]).long()
+    return {"input_ids": padded("input_ids", 0), "labels": padded("labels", -100), "attention_mask": mask}
+
+
 def run_peft(folder: Path, model_path: str, best: bool, out: Path) -> dict[str, Any]:
     import torch
     import transformers
@@ -60,17 +75,6 @@ def run_peft(folder: Path, model_path: str, best: bool, out: Path) -> dict[str, 
         tokens, mask = corpus.document(i)
         labels = [int(t) if m else -100 for t, m in zip(tokens, mask, strict=True)]
         rows.append({"input_ids": tokens.tolist(), "labels": labels, "length": len(tokens)})
-
-    def collate(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        width = max(len(row["input_ids"]) for row in batch)
-        seen.append(sum(len(row["input_ids"]) for row in batch))
-
-        def padded(name: str, fill: int) -> torch.Tensor:
-            return torch.tensor([row[name] + [fill] * (width - len(row[name])) for row in batch])
-
-        lengths = torch.tensor([len(row["input_ids"]) for row in batch])
-        mask = (torch.arange(width) < lengths[:, None]).long()
-        return {"input_ids": padded("input_ids", 0), "labels": padded("labels", -100), "attention_mask": mask}
 
     seen: list[int] = []
     marks: list[float] = []
@@ -103,7 +107,11 @@ def run_peft(folder: Path, model_path: str, best: bool, out: Path) -> dict[str, 
         seed=0,
     )
     trainer = transformers.Trainer(
-        model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[Clock()]
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        data_collator=lambda batch: padded_batch(batch, seen),
+        callbacks=[Clock()],
     )
     trainer.train()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -150,7 +158,7 @@ def run_products(folder: Path, model_path: str) -> dict[str, Any]:
     from rankwise.adapters.presets import TARGET_ROLES
     from rankwise.data.order import Order, micro_batches
     from rankwise.engine.head import chunk_rows
-    from rankwise.engine.loop import _MICRO_TOKENS
+    from rankwise.engine.loop import MICRO_TOKENS
     from rankwise.kernels.library import reclaim_memory_lazily
     from rankwise.surgery.sites import find_sites
 
@@ -161,7 +169,7 @@ def run_products(folder: Path, model_path: str) -> dict[str, Any]:
     weights, head = [site.module.weight for site in sites], model.get_output_embeddings().weight
     lengths, supervised = corpus.lengths(), corpus.supervised_counts()
     steps = Order(lengths, 0, 1, DOCUMENTS_A_STEP).epoch(0)[:6]
-    micros = [m for step in steps for m in micro_batches(step, lengths, _MICRO_TOKENS["cpu"])]
+    micros = [m for step in steps for m in micro_batches(step, lengths, MICRO_TOKENS["cpu"])]
     thin = {n: torch.randn(n, RANK).bfloat16() for n in {size for w in weights for size in w.shape}}
 
     def once(micro: np.ndarray, adapters: bool) -> None:
@@ -287,9 +295,9 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def processor() -> str:
-    from rankwise.jobs.machine import _processor
+    from rankwise.jobs.machine import processor_name
 
-    return _processor()
+    return processor_name()
 
 
 def main() -> None:

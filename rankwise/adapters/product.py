@@ -5,7 +5,7 @@
 Shape letters: N rows, I inputs, O outputs, R rank.  W is [O, I], A [R, I], B [O, R].
 
 What makes it fast and light (accounting in docs/engine.md): the low-rank part is added into the output of the base
-product; no gradient of W is ever made; nothing but x and the N × R shrink is kept; A and B are float32 masters,
+product; no gradient of W is ever made; nothing of the size of y is kept; A and B are float32 masters,
 rounded to the activations' type for the products only; both parts of dX meet in one buffer.
 """
 
@@ -48,14 +48,16 @@ def _dropped(x: Tensor, part: Part) -> Tensor:
     return x if part.keep is None else x.mul(part.keep).mul_(1 / (1 - part.dropout))
 
 
-def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[Part], shrinks: list[Tensor]) -> Tensor:
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[Part], kept: list[Tensor]) -> Tensor:
+    """Adds to `kept`, for each part: A and B as the products saw them, and the shrink."""
     y = F.linear(x, weight, bias)  # the very call the base makes, so that a fresh adapter changes no bit
     flat_x, flat_y = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
     for part in parts:
         rows = slice(part.start, part.stop)
-        shrink = _dropped(flat_x[rows], part) @ part.A.detach().to(x.dtype).t()
-        flat_y[rows].addmm_(shrink, part.B.detach().to(x.dtype).t(), alpha=part.scale)
-        shrinks.append(shrink)
+        A, B = part.A.detach().to(x.dtype), part.B.detach().to(x.dtype)
+        shrink = _dropped(flat_x[rows], part) @ A.t()
+        flat_y[rows].addmm_(shrink, B.t(), alpha=part.scale)
+        kept += (A, B, shrink)
     return y
 
 
@@ -64,35 +66,35 @@ class _LowRankProduct(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, parts: tuple[Part, ...], *factors: Tensor
     ) -> Tensor:
-        shrinks: list[Tensor] = []
-        y = _forward(x, weight, bias, parts, shrinks)
-        ctx.save_for_backward(x, weight, *factors, *shrinks)
+        kept: list[Tensor] = []
+        y = _forward(x, weight, bias, parts, kept)
+        ctx.save_for_backward(x, weight, *kept)
         ctx.parts = [(part.start, part.stop, part.scale, part.dropout, part.keep) for part in parts]
+        ctx.master = [factor.dtype for factor in factors]
         ctx.set_materialize_grads(False)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (g,) = grads
-        x, weight, *rest = ctx.saved_tensors
+        x, weight, *kept = ctx.saved_tensors
         count, shape = len(ctx.parts), x.shape
         if g is None:
             return (None,) * (4 + 2 * count)
         x, g = x.reshape(-1, shape[-1]), g.reshape(-1, g.shape[-1])
-        factors, shrinks = rest[: 2 * count], rest[2 * count :]
         dx = g @ weight if ctx.needs_input_grad[0] else None
         found: list[Tensor | None] = []
         for i, (start, stop, scale, dropout, keep) in enumerate(ctx.parts):
-            A, B = factors[2 * i], factors[2 * i + 1]
+            A, B, shrink = kept[3 * i : 3 * i + 3]
             rows, part = slice(start, stop), Part(start, stop, A, B, scale, dropout, keep)
-            d_shrink = (g[rows] @ B.to(g.dtype)).mul_(scale)
+            d_shrink = (g[rows] @ B).mul_(scale)
             needs_A, needs_B = ctx.needs_input_grad[4 + 2 * i : 6 + 2 * i]
-            found.append((d_shrink.t() @ _dropped(x[rows], part)).to(A.dtype) if needs_A else None)
-            found.append((shrinks[i].t() @ g[rows]).t().to(B.dtype).mul_(scale) if needs_B else None)
+            found.append((d_shrink.t() @ _dropped(x[rows], part)).to(ctx.master[2 * i]) if needs_A else None)
+            found.append((shrink.t() @ g[rows]).t().to(ctx.master[2 * i + 1]).mul_(scale) if needs_B else None)
             if dx is None:
                 continue
             if keep is None:
-                dx[rows].addmm_(d_shrink, A.to(g.dtype))
+                dx[rows].addmm_(d_shrink, A)
             else:
-                dx[rows].add_(_dropped(d_shrink @ A.to(g.dtype), part))
+                dx[rows].add_(_dropped(d_shrink @ A, part))
         return (None if dx is None else dx.view(shape), None, None, None, *found)

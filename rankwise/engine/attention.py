@@ -44,16 +44,15 @@ def _attend_stream(
     value: Tensor,
     attention_mask: Tensor | None = None,
     scaling: float | None = None,
-    dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    is_causal: bool | None = None,
     **named: Any,
 ) -> tuple[Tensor, None]:
     """Transformers' attention function: q, k, v `[1, heads, N, width]` → `[1, N, heads, width]`."""
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = getattr(module, "is_causal", True) if named.get("is_causal") is None else named["is_causal"]
     strange = [name for name in ("s_aux", "position_bias", "head_mask") if named.get(name) is not None]
-    if not causal or strange or attention_mask is not None or dropout or query.shape[0] != 1 or not _spans:
+    strange += ["dropout"] if named.get("dropout") else []
+    if not causal or strange or attention_mask is not None or query.shape[0] != 1 or not _spans:
         raise UnpackableError(f"{type(module).__name__}: {', '.join(strange) or 'not plain causal attention'}")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

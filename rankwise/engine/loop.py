@@ -33,7 +33,7 @@ from rankwise.surgery.bank import Bank
 Observer = Callable[[dict[str, Any]], None]
 
 SKIPS_BEFORE_STOP = 5
-_MICRO_TOKENS = {"cpu": 2048, "cuda": 8192}
+MICRO_TOKENS = {"cpu": 2048, "cuda": 8192}
 _EVALUATIONS = 10  # a run, where the interval between them is left to us
 
 
@@ -114,7 +114,7 @@ class _Training:
         self.order = Order(self.lengths, loop.seed, loop.batch_tokens, loop.batch_documents)
         self.steps = loop.max_steps or self.order.steps(loop.epochs)
         device = bank.model.device.type
-        self.micro_tokens = (loop.micro_tokens or _MICRO_TOKENS.get(device, 8192)) // len(runs)
+        self.micro_tokens = (loop.micro_tokens or MICRO_TOKENS.get(device, 8192)) // len(runs)
         self.evaluate_every = loop.evaluate_every or max(1, round(self.steps / _EVALUATIONS))
         self.save_every = loop.save_every or self.evaluate_every
         self.trainees = {name: Trainee(bank, name, run) for name, run in runs.items()}

@@ -31,7 +31,7 @@ def machine_facts(device: torch.device, precision: Precision) -> dict[str, Any]:
     """What decides speed and bits: processor, threads, memory, device, number format, kernels."""
     facts: dict[str, Any] = {
         "system": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
+        "processor": processor_name(),
         "threads": torch.get_num_threads(),
         "memory_bytes": _memory_bytes(),
         "device": str(device),
@@ -43,7 +43,7 @@ def machine_facts(device: torch.device, precision: Precision) -> dict[str, Any]:
     return facts
 
 
-def _processor() -> str:
+def processor_name() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text(errors="replace").splitlines():

@@ -8,6 +8,14 @@ import random
 from pathlib import Path
 from typing import Any
 
+SETTINGS = (
+    ("rank", 16, "the guides' default for one task"),
+    ("lr", 2e-4, "ten times a full fine-tuning's rate, the middle of 1e-4 … 5e-4"),
+    ("targets", "all-linear", "best quality; 4.9 M parameters fit this machine"),
+    ("dtype", "bfloat16", "the processor has AMX-BF16; a product takes half the time"),
+    ("batch_tokens", 4096, "largest that keeps the peak below 2 GB"),
+    ("early_stop", None, "no validation loss to watch was refused"),
+)
 HOSTILE = '<script>alert("gotcha")</script>'
 
 
@@ -43,18 +51,7 @@ def record(**changes: Any) -> dict[str, Any]:
         "modules": [],
         "versions": {"rankwise": "0.1.0", "torch": "2.13.0", "transformers": "5.10.1", "python": "3.11.7"},
         "machine": {"processor": "AMD EPYC 9R14", "cores": 2, "memory": "23 GB", "bfloat16": True},
-        "settings": [
-            {"name": "rank", "value": 16, "reason": "the guides' default for one task"},
-            {"name": "lr", "value": 2e-4, "reason": "ten times a full fine-tuning's rate, the middle of 1e-4 … 5e-4"},
-            {"name": "targets", "value": "all-linear", "reason": "best quality; 4.9 M parameters fit this machine"},
-            {
-                "name": "dtype",
-                "value": "bfloat16",
-                "reason": "the processor has AMX-BF16; a product takes half the time",
-            },
-            {"name": "batch_tokens", "value": 4096, "reason": "largest that keeps the peak below 2 GB"},
-            {"name": "early_stop", "value": None, "reason": "no validation loss to watch was refused"},
-        ],
+        "settings": [{"name": name, "value": value, "reason": reason} for name, value, reason in SETTINGS],
         "data": {
             "train": {"files": [{"path": "train.jsonl", "sha256": "9b" * 32}], **split, "dropped": {"no answer": 3}},
             "valid": {
