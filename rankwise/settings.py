@@ -27,6 +27,8 @@ def _sentence(problem: Any, known: list[str]) -> str:
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         return f"{where!r} is not a setting{nearest(where, known)}"
+    if problem["type"] == "missing":
+        return f"{where!r} is missing"
     if not where:
         return problem["msg"].removeprefix("Value error, ")
     return f"{where} = {problem['input']!r}: {problem['msg'].removeprefix('Value error, ')}"

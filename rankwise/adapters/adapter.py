@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -56,11 +57,11 @@ class Adapter:
         return sum(tensor.numel() for _, tensor in self.tensors())
 
     def digest(self) -> str:
-        """SHA-256 of names, scales, shapes and bytes: equal if and only if the adapters are."""
+        """SHA-256 of names, scales, shapes and bytes, in whatever order: equal if and only if the adapters are."""
         sha = hashlib.sha256()
-        for path, factors in self.sites.items():
+        for path, factors in sorted(self.sites.items()):
             sha.update(f"{path} {factors.scale!r}\n".encode())
-        for name, tensor in self.tensors():
+        for name, tensor in sorted(self.tensors(), key=itemgetter(0)):
             sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             sha.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         return sha.hexdigest()

@@ -12,15 +12,41 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 
 from rankwise.adapters.presets import SCENARIOS, TARGET_ROLES
 from rankwise.adapters.scaling import Scaling, effective_scale
 from rankwise.errors import SpecError, nearest
 from rankwise.settings import Settings
 
+
+def _compile(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+
+
+def readable_targets(targets: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    """`targets` as they are, if they can be what a spec targets."""
+    if not targets:
+        raise ValueError("names no layer; use a preset such as 'all-linear' or a list of names")
+    if isinstance(targets, str) and targets not in TARGET_ROLES:
+        _compile(targets)
+    return targets
+
+
+def _readable_patterns(patterns: dict[str, Any]) -> dict[str, Any]:
+    for key in patterns:
+        _compile(key)
+    return patterns
+
+
 Rank = Annotated[int, Field(ge=1)]
 Alpha = Annotated[float, Field(gt=0)]
+Targets = Annotated[str | tuple[str, ...], AfterValidator(readable_targets)]
+RankPattern = Annotated[dict[str, Rank], AfterValidator(_readable_patterns)]
+AlphaPattern = Annotated[dict[str, Alpha], AfterValidator(_readable_patterns)]
 
 
 class LoraSpec(Settings):
@@ -44,32 +70,16 @@ class LoraSpec(Settings):
 
     rank: Rank = 16
     alpha: Alpha = 32
-    targets: str | tuple[str, ...] = "all-linear"
+    targets: Targets = "all-linear"
     form: Literal["lora"] = "lora"
     scaling: Scaling = "alpha/r"
     storage: Literal["dense"] = "dense"
     rates: Literal["one"] = "one"
     dropout: float = Field(default=0.0, ge=0, lt=1)
     init: Literal["kaiming", "gaussian"] = "kaiming"
-    rank_pattern: dict[str, Rank] = Field(default_factory=dict)
-    alpha_pattern: dict[str, Alpha] = Field(default_factory=dict)
+    rank_pattern: RankPattern = Field(default_factory=dict)
+    alpha_pattern: AlphaPattern = Field(default_factory=dict)
     modules_to_save: tuple[str, ...] = ()
-
-    @field_validator("targets", mode="after")
-    @classmethod
-    def _targets_can_be_read(cls, targets: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        if not targets:
-            raise ValueError("names no layer; use a preset such as 'all-linear' or a list of names")
-        if isinstance(targets, str) and targets not in TARGET_ROLES:
-            _compile(targets)
-        return targets
-
-    @field_validator("rank_pattern", "alpha_pattern", mode="after")
-    @classmethod
-    def _patterns_can_be_read(cls, pattern: dict[str, Any]) -> dict[str, Any]:
-        for key in pattern:
-            _compile(key)
-        return pattern
 
     @classmethod
     def scenario(cls, name: str, **changes: Any) -> LoraSpec:
@@ -95,10 +105,3 @@ class LoraSpec(Settings):
 def matching_pattern(patterns: dict[str, Any], path: str) -> str | None:
     """The first key that matches the whole path or its last parts, as a regular expression: PEFT's rule."""
     return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", path)), None)
-
-
-def _compile(pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None

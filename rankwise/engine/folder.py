@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from rankwise.errors import RunFolderError
 
 METRICS, CHECKPOINTS, LOCK = "metrics.jsonl", "checkpoints", ".lock"
+_ADAPTER, _LAST = "adapter_config.json", "README.md"  # the model card is written when all else is there
 
 
 class RunFolder:
@@ -28,11 +29,31 @@ class RunFolder:
     def metrics(self) -> Path:
         return self.path / METRICS
 
-    def write_event(self, event: dict[str, Any]) -> None:
-        """Appends one line to the metrics; a full disk loses the line, not the run."""
+    @property
+    def complete(self) -> bool:
+        """Whether a run has left here all that it was to leave."""
+        return (self.path / _LAST).exists()
+
+    @property
+    def begun(self) -> bool:
+        return self.metrics_size() > 0 or self.checkpoints.exists() or (self.path / _ADAPTER).exists()
+
+    @property
+    def saved(self) -> bool:
+        """Whether there is anything, whole or not, that a run has learnt."""
+        return any(self.checkpoints.glob("step-*")) or (self.path / _ADAPTER).exists()
+
+    def write_event(self, event: dict[str, Any]) -> str | None:
+        """Appends one line to the metrics; a full disk loses the line, not the run, and its reason is given back."""
         line = json.dumps(event, ensure_ascii=False, allow_nan=False) + "\n"
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(line)
+        size = self.metrics_size()
+        try:
+            with self.metrics.open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            self.cut_metrics(size)
+            return error.strerror
+        return None
 
     def metrics_size(self) -> int:
         return self.metrics.stat().st_size if self.metrics.exists() else 0
@@ -61,13 +82,12 @@ def held_folder(path: Path, *, resume: bool) -> Iterator[RunFolder]:
         ) from None
     try:
         folder = RunFolder(path)
-        begun = folder.metrics_size() > 0 or folder.checkpoints.exists() or (path / "adapter_config.json").exists()
-        if begun and not resume:
+        if folder.begun and not resume:
             raise RunFolderError(
                 f"{path}: holds a run already; nothing was overwritten",
                 hint="--resume goes on with it, --continue-from trains its adapter further, or choose another --out",
             )
-        if resume and not begun:
+        if resume and not folder.begun:
             raise RunFolderError(f"{path}: no run to resume", hint="leave out --resume to begin one")
         yield folder
     finally:

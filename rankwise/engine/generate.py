@@ -14,8 +14,8 @@ from rankwise.surgery.bank import Bank
 class _TextStream(BaseStreamer):
     """Hands on each piece of text as soon as it is whole: a character may take several tokens."""
 
-    def __init__(self, tokenizer: Any, say: Callable[[str], None]) -> None:
-        self.tokenizer, self.say = tokenizer, say
+    def __init__(self, tokenizer: Any, stops: Sequence[int], say: Callable[[str], None]) -> None:
+        self.tokenizer, self.stops, self.say = tokenizer, stops, say
         self.tokens: list[int] = []
         self.told = ""
         self.prompted = False
@@ -24,7 +24,7 @@ class _TextStream(BaseStreamer):
         if not self.prompted:
             self.prompted = True
             return
-        self.tokens += value.reshape(-1).tolist()
+        self.tokens += [token for token in value.reshape(-1).tolist() if token not in self.stops]
         text = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
         if not text.endswith("\ufffd"):
             self.say(text[len(self.told) :])
@@ -49,7 +49,8 @@ def answer(
 ) -> str:
     """What an adapter (None: the base) answers to `prompt` tokens, up to one of `stops` or `max_new_tokens`.
 
-    At temperature 0 always the likeliest token; `say` is given the text as it comes.
+    The stop itself is no part of the answer, be it a special token or a common one such as a line break.  At
+    temperature 0 always the likeliest token; `say` is given the text as it comes.
     """
     model = bank.model
     ids = torch.tensor([list(prompt)], device=model.device)
@@ -63,7 +64,8 @@ def answer(
             max_new_tokens=max_new_tokens,
             eos_token_id=list(stops) or None,
             pad_token_id=(list(stops) or [0])[0],
-            streamer=_TextStream(tokenizer, say) if say is not None else None,
+            streamer=_TextStream(tokenizer, stops, say) if say is not None else None,
             **chance,
         )
-    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    said = [token for token in out[0, ids.shape[1] :].tolist() if token not in stops]
+    return tokenizer.decode(said, skip_special_tokens=True)

@@ -250,9 +250,10 @@ class _Training:
 
     def tell(self, event: dict[str, Any]) -> None:
         """For the record and for whoever looks on."""
-        if self.folder is not None:
-            self.folder.write_event(event)
+        lost = self.folder.write_event(event) if self.folder is not None else None
         self.show(event)
+        if lost is not None:
+            self.show({"kind": "event", "what": "line of metrics lost", "step": self.done, "message": lost})
 
     def show(self, event: dict[str, Any]) -> None:
         if self.observe is not None:
@@ -279,17 +280,24 @@ class _Training:
             self.tell({"kind": "event", "what": "checkpoint failed", "step": self.done, "message": str(error)})
 
     def restore(self) -> None:
-        """Takes up the newest whole checkpoint.
+        """Takes up the newest whole checkpoint; a run that was stopped before its first one begins again.
+
+        A run that has made its last step but was stopped before its folder was complete has its weights brought back.
 
         Raises:
-            RunFolderError: there is none, it belongs to other settings or data (all listed), or its run is finished.
+            RunFolderError: all are damaged, it belongs to other settings or data (all listed), or all is done.
         """
-        assert self.folder is not None
+        if self.folder is None:
+            raise RunFolderError("there is no run folder to resume from", hint="say which with `out`")
+        if not self.folder.saved:
+            self.folder.cut_metrics(0)
+            self.tell({"kind": "event", "what": "stopped before its first checkpoint, begun again", "step": 0})
+            return
         checkpoint, problems = newest_checkpoint(self.folder.checkpoints)
         _check_same(checkpoint.numbers["identity"], self.identity())
         self.status, self.done = checkpoint.numbers["status"], checkpoint.step
         self.judged = checkpoint.numbers["judged"]
-        if self.done >= self.steps or not self.active:
+        if self.folder.complete and (self.done >= self.steps or not self.active):
             raise RunFolderError(
                 f"{self.folder.path}: nothing to resume, the run is finished ({self.done} of {self.steps} steps)",
                 hint="--continue-from trains its adapter further in a new folder",

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -36,12 +37,18 @@ class Checkpoint:
 def save_checkpoint(parent: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Writes `step-NNNNNN` and removes all but the newest `keep`.
 
+    A step's whole checkpoint is never written again: what a run knows follows from its step, and taking the old one
+    away first would leave a moment without any.
+
     Raises:
         RunFolderError: the disk is full or broken; older checkpoints are untouched.
     """
     place = parent / f"step-{checkpoint.step:06d}"
+    if place.exists() and _damage(place) is None:
+        return place
     beside = parent / f".{place.name}.part"
-    shutil.rmtree(beside, ignore_errors=True)
+    for rest in parent.glob(".step-*.part"):  # of a run that was killed while it wrote
+        shutil.rmtree(rest, ignore_errors=True)
     try:
         beside.mkdir(parents=True)
         for group, tensors in checkpoint.tensors.items():
@@ -55,15 +62,17 @@ def save_checkpoint(parent: Path, checkpoint: Checkpoint, keep: int) -> Path:
         _flush(beside)
         shutil.rmtree(place, ignore_errors=True)
         beside.rename(place)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
         needed = sum(t.numel() * t.element_size() for group in checkpoint.tensors.values() for t in group.values())
         shutil.rmtree(beside, ignore_errors=True)
         free = shutil.disk_usage(parent.parent).free
+        reason = getattr(error, "strerror", None) or error
         raise RunFolderError(
-            f"{place}: checkpoint not written: {error.strerror}; it takes {needed:,} bytes, {free:,} are free",
+            f"{place}: checkpoint not written: {reason}; it takes {needed:,} bytes, {free:,} are free",
             hint="make room; the older checkpoints are intact",
         ) from None
-    for old in _places(parent)[keep:]:
+    others = [other for other in _places(parent) if other != place]  # newer ones among them are damaged, or no more true
+    for old in others[keep - 1 :]:
         shutil.rmtree(old, ignore_errors=True)
     return place
 
@@ -98,7 +107,7 @@ def _damage(place: Path) -> str | None:
         for name, facts in manifest["files"].items():
             if _facts(place / name) != facts:
                 return f"{place.name}: {name} is not what was written"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{place.name}: {error}"
     return None
 

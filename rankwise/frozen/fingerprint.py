@@ -20,8 +20,8 @@ def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
     sha = hashlib.sha256()
     for name, tensor in sorted(parameters, key=lambda pair: pair[0]):
         flat = tensor.detach().reshape(-1)
-        step = max(1, flat.numel() // _VALUES)
-        values = flat[::step][:_VALUES].to(torch.bfloat16).cpu()
+        step = max(1, -(-flat.numel() // _VALUES))  # rounded up, so that the last values are seen too
+        values = flat[::step].to(torch.bfloat16).cpu()
         sha.update(f"{name} {tuple(tensor.shape)}\n".encode())
         sha.update(values.contiguous().view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from rankwise.errors import ModelError
+from rankwise.errors import ModelError, SpecError, listing
 from rankwise.frozen.precision import Precision, choose_precision
 
 
@@ -34,35 +34,76 @@ def load_base(name: str | Path, *, dtype: str = "auto", device: str = "auto") ->
     """A causal language model in evaluation mode, and its tokenizer.
 
     Args:
-        name: a folder with config.json, or a model's id on the hub.  Code in a repository is never run.
+        name: a folder with config.json, or a model's id on the hub.  Code in a repository is never run, pickled weights
+            are never opened.
         dtype: `auto`, `bfloat16`, `float16` or `float32`.
         device: `auto` (a GPU when there is one), or as torch names them.
 
     Raises:
-        ModelError: it cannot be found or read, or is no causal language model; says the way out.
+        ModelError: it cannot be found or read, lacks weights, or is no causal language model; says the way out.
+        SpecError: no such number format, or no such device here.
     """
-    source = str(name)
-    place = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    source = _source(name)
+    place = _place(device)
     precision = choose_precision(place, dtype)
     logging.disable_progress_bar()
-    try:
-        config = AutoConfig.from_pretrained(source)
-        stored = getattr(config, "dtype", None) or torch.float32
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=precision.dtype)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"{source}: cannot be loaded: {_first_line(error)}", hint=_way_out(source)) from None
+    config = _read(source, "config", AutoConfig)
+    stored = getattr(config, "dtype", None) or torch.float32
+    tokenizer = _read(source, "tokenizer", AutoTokenizer)
+    model = _read_weights(source, config, precision.dtype)
     return Base(source, model.to(place).eval(), tokenizer, place, precision, stored)
 
 
+def _read_weights(source: str, config: Any, dtype: torch.dtype) -> Any:
+    """The model; where a weight is missing or has another shape, transformers would go on with random numbers."""
+    wanted = {"config": config, "dtype": dtype, "use_safetensors": True}
+    told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, found = _read(source, "weights", AutoModelForCausalLM, **wanted, **told)
+    problems = [f"{name}: missing" for name in sorted(found["missing_keys"])]
+    problems += [f"{name}: {tuple(a)} in the file, {tuple(b)} in the model" for name, a, b in found["mismatched_keys"]]
+    if problems:
+        raise ModelError(f"{source}: its weights do not fit its config:\n{listing(problems)}", hint=_way_out(source))
+    return model
+
+
+def _source(name: str | Path) -> str:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.is_absolute() or str(name).startswith((".", "~")):
+        raise ModelError(f"{name}: no such folder", hint="give the folder that holds config.json")
+    return str(name)
+
+
+def _place(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+        torch.zeros(1, device=place).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise SpecError(f"no device {device!r} here: {_first_line(error)}", hint="auto, cpu, cuda or cuda:1") from None
+    return place
+
+
+def _read(source: str, part: str, reader: Any, **wanted: Any) -> Any:
+    try:
+        return reader.from_pretrained(source, trust_remote_code=False, **wanted)
+    except Exception as error:  # on a stranger's files the readers beneath raise anything, a bare Exception too
+        if "trust_remote_code" in str(error):
+            reason, hint = "it needs code of its own, which is never run", "take a model that transformers itself knows"
+        else:
+            reason, hint = _first_line(error), _way_out(source)
+        raise ModelError(f"{source}: the {part} cannot be loaded: {reason}", hint=hint) from error
+
+
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return text if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {text}"
 
 
 def _way_out(source: str) -> str:
-    path = Path(source).expanduser()
-    if path.is_dir():
+    if Path(source).is_dir():
         return "a model's folder holds config.json, the weights as .safetensors, and the tokenizer's files"
-    if path.is_absolute() or source.startswith((".", "~")):
-        return "no such folder; give the folder that holds config.json"
     return "give a folder that holds the model, or check the id and the connection to the hub"

@@ -3,21 +3,64 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from rankwise.adapters.presets import TARGET_ROLES
+from rankwise.adapters.presets import SCENARIOS, TARGET_ROLES
 from rankwise.adapters.scaling import Scaling
-from rankwise.adapters.spec import LoraSpec
+from rankwise.adapters.spec import AlphaPattern, LoraSpec, RankPattern, readable_targets
 from rankwise.errors import SpecError
 from rankwise.settings import Settings
 
 
 def _default(value: Any, reason: str, **limits: Any) -> Any:
     return Field(default=value, description=reason, **limits)
+
+
+# ── settings as they are written: on the command line, in a config file, in Python ───────────────────────────────────
+
+
+def _one_or_many(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+def _by_commas(value: Any) -> Any:
+    return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
+
+
+def _pairs(value: Any) -> Any:
+    """`PATTERN=NUMBER`, once or several times, or a mapping; a pattern may hold a '=' itself."""
+    if isinstance(value, Mapping):
+        return value
+    pairs = [str(one).rpartition("=") for one in _one_or_many(value)]
+    if not all(pattern for pattern, _, _ in pairs):
+        raise ValueError("expected PATTERN=NUMBER")
+    return {pattern: number for pattern, _, number in pairs}
+
+
+def _targets(value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    """A preset, names (with commas between or as a list), or a regular expression after 're:', which it keeps."""
+    if isinstance(value, str) and value not in TARGET_ROLES and not value.startswith("re:"):
+        value = _by_commas(value)
+    readable_targets(_of_spec(value))
+    return value
+
+
+def _of_spec(targets: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    return targets.removeprefix("re:") if isinstance(targets, str) else targets
+
+
+Repeated = Annotated[tuple[str, ...], BeforeValidator(_one_or_many)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_by_commas)]
+
+# What an adapter that is trained further brings along.
+_ADAPTERS_OWN = (
+    "scenario rank alpha targets scaling dropout init rank_pattern alpha_pattern modules_to_save"  # as one can read it
+).split()
 
 
 class TrainRequest(Settings):
@@ -29,22 +72,25 @@ class TrainRequest(Settings):
     """
 
     model: str
-    data: tuple[str, ...] = Field(min_length=1)
+    data: Repeated = Field(min_length=1)
     out: Path
     valid: str | None = _default(None, "a twentieth of the documents, at most 500, is set aside")
     test: str | None = _default(None, "the comparison with the base is made on the validation documents")
     continue_from: Path | None = _default(None, "a fresh adapter")
     resume: bool = _default(False, "a new run")
 
+    scenario: Literal["quick", "general", "complex", "limited"] | None = _default(None, "the defaults below")
     rank: int = _default(16, "the guides' default for one task", ge=1)
     alpha: float | None = _default(None, "twice the rank, the guides' rule", gt=0)
-    targets: str | tuple[str, ...] = _default("all-linear", "best quality in the guides; the q/v presets need less")
+    targets: Annotated[str | tuple[str, ...], AfterValidator(_targets)] = _default(
+        "all-linear", "best quality in the guides; the q/v presets need less"
+    )
     scaling: Scaling = _default("alpha/r", "the original; alpha/sqrt(r) is rsLoRA's, for high ranks")
     dropout: float = _default(0.0, "data are seen about once; 0.05 to 0.1 helps when they are seen often", ge=0, lt=1)
     init: Literal["kaiming", "gaussian"] = _default("kaiming", "as loralib and PEFT")
-    rank_pattern: dict[str, int] = _default({}, "one rank everywhere")
-    alpha_pattern: dict[str, float] = _default({}, "one alpha everywhere")
-    modules_to_save: tuple[str, ...] = _default((), "nothing is trained whole")
+    rank_pattern: Annotated[RankPattern, BeforeValidator(_pairs)] = _default({}, "one rank everywhere")
+    alpha_pattern: Annotated[AlphaPattern, BeforeValidator(_pairs)] = _default({}, "one alpha everywhere")
+    modules_to_save: Names = _default((), "nothing is trained whole")
 
     lr: float = _default(2e-4, "inside the guides' range for LoRA, 1e-4 to 5e-4", gt=0)
     schedule: Literal["linear", "cosine", "constant"] = _default("linear", "falls to 0, so that the end is settled")
@@ -65,44 +111,42 @@ class TrainRequest(Settings):
     checkpointing: bool = _default(False, "a third more time; switch on when memory is short")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = _default("auto", "what this machine multiplies fast")
     device: str = _default("auto", "a GPU when there is one")
-    track: tuple[str, ...] = _default((), "metrics.jsonl holds everything")
+    track: Repeated = _default((), "metrics.jsonl holds everything")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_scenario(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """A scenario's settings stand under those that were given."""
+        chosen = SCENARIOS.get(str(values.get("scenario")))
+        return {name: getattr(chosen, name) for name in _SCENARIOS_OWN} | values if chosen else values
 
     @model_validator(mode="after")
     def _makes_sense(self) -> TrainRequest:
-        if self.continue_from is not None:
-            own = {"rank", "alpha", "targets", "scaling", "init", "rank_pattern", "alpha_pattern", "modules_to_save"}
-            clash = sorted(own & self.model_fields_set)
-            if clash:
-                raise ValueError(f"continue_from takes the adapter as it is; leave out {', '.join(clash)}")
+        clash = [name for name in _ADAPTERS_OWN if name in self.model_fields_set]
+        if self.continue_from is not None and clash:
+            raise ValueError(f"continue_from takes the adapter as it is; leave out {', '.join(clash)}")
         return self
 
     @property
     def spec(self) -> LoraSpec:
-        names = ("rank", "targets", "scaling", "dropout", "init", "rank_pattern", "alpha_pattern", "modules_to_save")
+        names = ("rank", "scaling", "dropout", "init", "rank_pattern", "alpha_pattern", "modules_to_save")
         values = {name: getattr(self, name) for name in names}
-        return LoraSpec(alpha=self.alpha if self.alpha is not None else 2 * self.rank, **values)
+        alpha = self.alpha if self.alpha is not None else 2 * self.rank
+        return LoraSpec(alpha=alpha, targets=_of_spec(self.targets), **values)
 
     def table(self) -> list[dict[str, Any]]:
         """Every setting with its reason, for people: `name`, `value`, `reason`."""
-        rows = []
-        for name, field in type(self).model_fields.items():
-            value = getattr(self, name)
-            if name == "alpha" and value is None:
-                value = 2 * self.rank
-            asked = name in self.model_fields_set
-            rows.append({"name": name, "value": _plain(value), "reason": "asked for" if asked else field.description})
-        return rows
+        return [dict(zip(("name", "value", "reason"), (name, *self._explained(name)), strict=True)) for name in FIELDS]
 
     def command(self) -> str:
         """The command that asks for the same."""
         words = ["rankwise train"]
         for name in type(self).model_fields:
             value = getattr(self, name)
-            if name not in self.model_fields_set or name == "resume":
+            if name not in self.model_fields_set or name == "resume" or value is None or value is False:
                 continue
             option = "--" + name.replace("_", "-")
-            for one in value if isinstance(value, tuple) else (value,):
-                words.append(option if one is True else f"{option} {shlex.quote(str(one))}")
+            words += [option] if value is True else [f"{option} {shlex.quote(one)}" for one in _written(name, value)]
         return " ".join(words)
 
 
@@ -130,20 +174,3 @@ def read_config(path: Path) -> dict[str, Any]:
     if isinstance(names.get("data"), str):
         names["data"] = (names["data"],)
     return names
-
-
-def with_scenario(values: dict[str, Any], scenario: str | None) -> dict[str, Any]:
-    """The settings of a scenario (`LoraSpec.scenario`) under those that were given."""
-    if scenario is None:
-        return values
-    chosen = LoraSpec.scenario(scenario)
-    return {"rank": chosen.rank, "alpha": chosen.alpha, "targets": chosen.targets, **values}
-
-
-def split_targets(text: str) -> str | tuple[str, ...]:
-    """`--targets`: a preset, names with commas between, or a regular expression after 're:'."""
-    if text in TARGET_ROLES:
-        return text
-    if text.startswith("re:"):
-        return text.removeprefix("re:")
-    return tuple(name.strip() for name in text.split(",") if name.strip())

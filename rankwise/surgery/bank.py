@@ -141,7 +141,8 @@ class Bank:
         """
         named = {path: site for site in self.sites.values() for path in (site.path, *site.aliases)}
         check_fits(adapter, named, self.modules)
-        factors = {named[path].path: copy.deepcopy(one).float() for path, one in adapter.sites.items()}
+        given = {named[path].path: one for path, one in adapter.sites.items()}
+        factors = {path: copy.deepcopy(given[path]).float() for path in self.sites if path in given}
         self._hold(name, Adapter(adapter.spec, factors, adapter.modules), seed)
 
     def load(self, name: str, folder: str | Path, *, force: bool = False) -> None:

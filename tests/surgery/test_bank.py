@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from rankwise.adapters.adapter import Adapter
 from rankwise.adapters.spec import LoraSpec
 from rankwise.errors import AdapterMismatchError, BankError, RouteError, TargetError
 from rankwise.surgery.bank import Bank
@@ -272,3 +273,15 @@ def test_a_hook_on_a_layer_is_still_called():
         layer._forward_hooks.clear()
         with bank.use("a"):
             assert relative(hooked, output(model, words(2))) < 1e-5
+
+
+def test_a_loaded_adapter_is_the_saved_one_in_the_same_order(tmp_path):
+    with Bank(tiny("llama")) as bank:
+        trained(bank, "made", spec("all-linear"))
+        bank.save("made", tmp_path)
+        bank.load("read", tmp_path)
+        made, read = bank.adapter("made"), bank.adapter("read")
+        assert list(read.sites) == list(made.sites)
+        assert read.digest() == made.digest()
+        turned = Adapter(made.spec, dict(reversed(made.sites.items())), made.modules)
+        assert turned.digest() == made.digest()
