@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -58,7 +59,7 @@ def pairs(rows: int) -> dict[str, Tensor]:
 
 
 def causal(config: hf.PreTrainedConfig) -> Callable[[], nn.Module]:
-    return lambda: hf.AutoModelForCausalLM.from_config(config)
+    return lambda: hf.AutoModelForCausalLM.from_config(copy.deepcopy(config))  # models keep theirs, and may change it
 
 
 class SmallUNet(nn.Module):

@@ -6,7 +6,13 @@ Verbs import their work when they run, so that `--help` starts at once.
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
+import warnings
+from collections.abc import Callable
+from inspect import cleandoc
+from typing import TextIO
 
 import typer
 
@@ -17,7 +23,8 @@ from rankwise.cli.inspect import inspect
 from rankwise.cli.merge import merge
 from rankwise.cli.quickstart import quickstart
 from rankwise.cli.train import train
-from rankwise.errors import RankwiseError
+from rankwise.engine.interrupt import Interrupt, Interrupted
+from rankwise.errors import RankwiseError, RankwiseWarning
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,8 +33,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="LoRA in which rank, alpha, learning rate and targets are measured, not guessed.",
 )
+
+
+def _help(verb: Callable[..., None]) -> str:
+    """A verb's docstring with click's mark before the examples, so that they keep their lines."""
+    return re.sub("^(?=Examples?:$)", "\b\n", cleandoc(verb.__doc__ or ""), flags=re.M)
+
+
 for verb in (quickstart, train, evaluate, chat, merge, inspect, doctor):
-    app.command()(verb)
+    app.command(help=_help(verb))(verb)
 
 
 def main() -> None:
@@ -36,13 +50,30 @@ def main() -> None:
     Exit codes: 0 done, 1 a mistake or a failure, 2 wrong usage, 130 and 143 stopped by Ctrl-C and SIGTERM.
     """
     try:
-        app()
+        code = _run()
+        print(end="", flush=True)
+    except OSError as error:  # a full disk, a file that may not be touched, a reader who has seen enough
+        code = 1
+        if not isinstance(error, BrokenPipeError):
+            print(f"error: {error}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else the interpreter tries again, and complains
+    sys.exit(code)
+
+
+def _run() -> int:
+    try:
+        with Interrupt(at_once=True), warnings.catch_warnings():
+            warnings.showwarning = _show
+            app()
+    except SystemExit as done:
+        return done.code if isinstance(done.code, int) else 0
     except RankwiseError as error:
         _tell(error)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
+        return 1
+    except Interrupted as stop:
+        print(f"stopped{stop.way_on}", file=sys.stderr)
+        return 128 + stop.number
+    return 0
 
 
 def _tell(error: RankwiseError) -> None:
@@ -51,3 +82,17 @@ def _tell(error: RankwiseError) -> None:
         print(json.dumps(found, ensure_ascii=False))
     else:
         print(f"error: {error}", file=sys.stderr)
+
+
+def _show(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Our own warnings are sentences for people; with others it matters where they come from."""
+    ours = issubclass(category, RankwiseWarning)
+    text = f"warning: {message}\n" if ours else warnings.formatwarning(message, category, filename, lineno, line)
+    (file or sys.stderr).write(text)

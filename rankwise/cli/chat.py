@@ -21,7 +21,9 @@ def chat(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Talk to the base or to an adapter, a line at a time; with --json a JSON object a line, for programs.
+    """Talk to the base or to an adapter, a line at a time.
+
+    /reset forgets what was said, /exit leaves.  With --json every answer is a JSON object on a line of its own.
 
     Example:
       rankwise chat --model ./SmolLM2-135M-Instruct --adapter runs/chats

@@ -43,7 +43,7 @@ class Console:
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=self.terminal) as bar:
-            task = bar.add_task(_plain(title), total=1.0)
+            task = bar.add_task(plain(title), total=1.0)
             yield lambda share: bar.update(task, completed=min(share, 0.999))
             bar.update(task, completed=1.0)
 
@@ -61,7 +61,7 @@ class Console:
             self.say(f"  step {event['step']}: validation loss {event['loss']:.4f}{best}")
         elif kind == "event":
             rest = {name: value for name, value in event.items() if name not in ("kind", "what", "step")}
-            details = _plain(json.dumps(rest, ensure_ascii=False))
+            details = plain(json.dumps(rest, ensure_ascii=False))
             self.say(f"  [yellow]step {event['step']}: {event['what']}[/yellow] {details}")
         elif kind == "end":
             self._end()
@@ -76,6 +76,8 @@ class Console:
             TimeRemainingColumn,
         )
 
+        way = "packed" if event["layout"] == "packed" else "row by row"
+        self.say(f"  documents go through the model {way}: {plain(event['reason'])}")
         self._bar = Progress(
             TextColumn("training"),
             BarColumn(bar_width=30),
@@ -104,7 +106,8 @@ class Console:
             self._end()
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+    """Text as it is: what looks like markup is not."""
     return text.replace("[", r"\[")
 
 

@@ -9,7 +9,9 @@ from rankwise.cli.options import Json
 
 
 def doctor(json: Json = False) -> None:
-    """Check the installation: packages, what this machine can do, and a run of a few seconds that must succeed.
+    """Check the installation and what this machine can do.
+
+    Ends with a run of a few seconds that must learn, be saved, loaded and merged.
 
     Example:
       rankwise doctor

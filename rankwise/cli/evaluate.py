@@ -23,10 +23,12 @@ def evaluate(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Compare adapters with the base on the same documents, paired, with 95 % intervals.
+    """Compare adapters with their base on the same documents.
+
+    Differences are paired by document and have 95 % intervals.
 
     Example:
-      rankwise evaluate --model ./SmolLM2-135M-Instruct --adapter runs/a --adapter runs/b --data test.jsonl
+      rankwise evaluate --model ./SmolLM2-135M-Instruct --data test.jsonl --adapter runs/a --adapter runs/b
     """
     from rankwise.jobs.evaluate import run_evaluation
 
@@ -38,10 +40,11 @@ def evaluate(
             print_json(found)
             return
         watch.say(f"{found['documents']:,} documents, {found['tokens']:,} supervised tokens; nats per token")
-        print(f"base      {found['base']['loss']:.4f}")
+        width = max(len(one["name"]) for one in [{"name": "base"}, *found["adapters"]])
+        print(f"{'base':{width}}  {found['base']['loss']:.4f}")
         for one in found["adapters"]:
             delta = one["delta"]
             print(
-                f"{one['name']}  {one['loss']:.4f}  difference {delta['mean']:+.4f} "
+                f"{one['name']:{width}}  {one['loss']:.4f}  difference {delta['mean']:+.4f} "
                 f"(95 % {delta['low']:+.4f} … {delta['high']:+.4f})"
             )

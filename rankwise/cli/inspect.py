@@ -14,10 +14,14 @@ def inspect(
     what: Annotated[str, typer.Argument(metavar="DIR|MODEL", help="An adapter's folder, or a model's folder or id.")],
     json: Json = False,
 ) -> None:
-    """Show what an adapter changes and what base it expects, or which layers of a model can be adapted.
+    """Show what an adapter changes, or what a model offers.
 
-    Example:
+    Of an adapter: sites, ranks, scales, the size of each change and the base it expects.  Of a model: the layers that
+    can be adapted.
+
+    Examples:
       rankwise inspect runs/chats
+      rankwise inspect ./SmolLM2-135M-Instruct
     """
     from rankwise.jobs.inspect import run_inspection
 
@@ -33,7 +37,8 @@ def inspect(
 def _show_adapter(found: dict[str, Any]) -> None:
     spec, base = found["spec"], found["base"]
     print(f"{found['path']}: {found['parameters']:,} parameters, {spec['form']}, {spec['scaling']}")
-    print(f"base: {base['name']} (fingerprint {base['fingerprint'][:12]}…)" if base else "base: not recorded")
+    mark = f"fingerprint {base['fingerprint'][:12]}…" if base and base["fingerprint"] else "no fingerprint"
+    print(f"base: {base['name']} ({mark})" if base else "base: not recorded")
     if found["changes_nothing"]:
         print("warning: ΔW is zero at every site; this adapter changes nothing")
     width = max((len(path) for path in found["sites"]), default=4)

@@ -18,7 +18,9 @@ def merge(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Merge an adapter into its base: in float32, rounded once, proved on logits before it is said to be done.
+    """Merge an adapter into its base, proved on logits.
+
+    Added in float32 and rounded once; the written model is read back and compared before it is said to be done.
 
     Example:
       rankwise merge --model ./SmolLM2-135M-Instruct --adapter runs/chats --out merged

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
 
-from rankwise.cli.console import looking_on, print_json
+from rankwise.cli.console import looking_on, plain, print_json
 from rankwise.cli.options import Json
 
 
@@ -20,7 +21,9 @@ def quickstart(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Tune a small real model on real data from this machine and show by how much it is better, in minutes.
+    """Tune a small real model on real data, in minutes.
+
+    The data are Python functions on this machine; the end is a comparison with the base on unseen ones.
 
     Example:
       rankwise quickstart
@@ -35,23 +38,24 @@ def quickstart(
             return
         _show_samples(found["samples"], watch)
         show(found, watch)
-        run = found["out"]
+        base, run, data, merged = (quote(str(path)) for path in (found["model"], found["out"], found["data"], out))
+        watch.say("\n[bold]to try next[/bold]")
         watch.say(
-            "\n[bold]to try next[/bold]\n"
-            f"  open {found['report']} in a browser\n"
-            f"  rankwise chat --model {found['model']} --adapter {run}\n"
-            f"  rankwise evaluate --model {found['model']} --adapter {run} --data {found['data']}/test.jsonl\n"
-            f"  rankwise inspect {run}\n"
-            f"  rankwise merge --model {found['model']} --adapter {run} --out {out}/merged\n"
-            f"  rankwise train --model {found['model']} --data YOUR.jsonl --out runs/mine"
+            plain(
+                f"  open {found['report']} in a browser\n"
+                f"  rankwise chat --model {base} --adapter {run}\n"
+                f"  rankwise evaluate --model {base} --adapter {run} --data {data}/test.jsonl\n"
+                f"  rankwise inspect {run}\n"
+                f"  rankwise merge --model {base} --adapter {run} --out {merged}/merged\n"
+                f"  rankwise train --model {base} --data YOUR.jsonl --out runs/mine"
+            )
         )
 
 
 def _show_samples(samples: list[dict[str, str]], watch: Any) -> None:
     for sample in samples:
         code = sample["prompt"].split("```")
-        shown = (code[1].removeprefix("python").strip() if len(code) > 1 else sample["prompt"]).replace("[", r"\[")
-        watch.say(f"\n[dim]{shown}[/dim]")
+        shown = code[1].removeprefix("python").strip() if len(code) > 1 else sample["prompt"]
+        watch.say(f"\n[dim]{plain(shown)}[/dim]")
         for title, colour in (("before", "yellow"), ("after", "green"), ("reference", "white")):
-            text = sample[title].replace("[", r"\[")
-            watch.say(f"[bold {colour}]{title:9}[/bold {colour}] {text}")
+            watch.say(f"[bold {colour}]{title:9}[/bold {colour}] {plain(sample[title])}")

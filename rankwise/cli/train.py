@@ -7,19 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from rankwise.cli.console import looking_on, print_json
+from rankwise.cli.console import looking_on, plain, print_json
 from rankwise.cli.options import Json
-
-_HELP = """Train an adapter.
-
-Ends with a comparison against the base on unseen documents, and a report.
-
-\b
-Examples:
-  rankwise train --model ./SmolLM2-135M-Instruct --data chats.jsonl --out runs/chats
-  rankwise train --config run.yaml --rank 8 --out runs/rank-8
-  rankwise train --config run.yaml --out runs/chats --resume
-"""
 
 
 def _option(help_text: str, *names: str, **settings: Any) -> Any:
@@ -30,15 +19,12 @@ def train(
     model: Annotated[str | None, _option("Base model: a folder, or an id on the hub.", metavar="PATH_OR_ID")] = None,
     data: Annotated[list[str] | None, _option("Documents to learn from; may be repeated.", metavar="FILE")] = None,
     out: Annotated[Path | None, _option("Folder of the run; must be new.", metavar="DIR")] = None,
-    valid: Annotated[
-        str | None, _option("Documents to judge by; without it some are held back.", metavar="FILE")
-    ] = None,
+    valid: Annotated[str | None, _option("Documents to judge by [some are held back].", metavar="FILE")] = None,
     test: Annotated[str | None, _option("Documents for the last comparison with the base.", metavar="FILE")] = None,
-    config: Annotated[
-        Path | None, _option("Settings from a YAML file; options go before it.", metavar="RUN.YAML")
-    ] = None,
+    config: Annotated[Path | None, _option("Settings in YAML; options go before it.", metavar="RUN.YAML")] = None,
     scenario: Annotated[str | None, _option("Starting point: quick, general, complex or limited.")] = None,
     resume: Annotated[bool | None, _option("Go on from the newest checkpoint in --out.", "--resume")] = None,
+    force: Annotated[bool | None, _option("Continue from an adapter of another base all the same.", "--force")] = None,
     continue_from: Annotated[Path | None, _option("Train this adapter further.", metavar="DIR")] = None,
     rank: Annotated[int | None, _option("Rank [16].")] = None,
     alpha: Annotated[float | None, _option("Alpha [2 × rank].")] = None,
@@ -48,6 +34,8 @@ def train(
     scaling: Annotated[str | None, _option("alpha/r, alpha/sqrt(r) or alpha [alpha/r].")] = None,
     dropout: Annotated[float | None, _option("Dropout of the adapter's input [0].")] = None,
     init: Annotated[str | None, _option("kaiming or gaussian [kaiming].")] = None,
+    rank_pattern: Annotated[list[str] | None, _option("Other ranks; may be repeated.", metavar="NAME=RANK")] = None,
+    alpha_pattern: Annotated[list[str] | None, _option("Other alphas; may be repeated.", metavar="NAME=ALPHA")] = None,
     modules_to_save: Annotated[str | None, _option("Modules trained whole, with commas.")] = None,
     lr: Annotated[float | None, _option("Peak learning rate [2e-4].")] = None,
     schedule: Annotated[str | None, _option("linear, cosine or constant [linear].")] = None,
@@ -71,32 +59,26 @@ def train(
     track: Annotated[list[str] | None, _option("tensorboard, wandb, mlflow, …; may be repeated.")] = None,
     json: Json = False,
 ) -> None:
+    """Train an adapter.
+
+    Ends with a comparison against the base on unseen documents, and a report.
+
+    Examples:
+      rankwise train --model ./SmolLM2-135M-Instruct --data chats.jsonl --out runs/chats
+      rankwise train --config run.yaml --rank 8 --out runs/rank-8
+      rankwise train --config run.yaml --out runs/chats --resume
+    """
     given = {name: value for name, value in locals().items() if value is not None and value != []}
-    given = {name: value for name, value in given.items() if name not in ("config", "scenario", "json")}
-    from rankwise.jobs.request import TrainRequest, read_config, split_targets, with_scenario
-
-    if "targets" in given:
-        given["targets"] = split_targets(given["targets"])
-    if "modules_to_save" in given:
-        given["modules_to_save"] = tuple(name.strip() for name in given["modules_to_save"].split(","))
-    from_file = read_config(config) if config is not None else {}
-    request = TrainRequest(**with_scenario({**from_file, **given}, scenario))
-    run(request, quiet=json)
+    _run(config, {name: value for name, value in given.items() if name not in ("config", "json")}, quiet=json)
 
 
-def run(request: Any, *, quiet: bool) -> None:
-    """Trains, prints what came of it, and says how to go on if it was stopped."""
-    from rankwise.engine.interrupt import Interrupted
+def _run(config: Path | None, given: dict[str, Any], *, quiet: bool) -> None:
+    from rankwise.jobs.request import TrainRequest, read_config
     from rankwise.jobs.train import run_training
 
+    request = TrainRequest(**{**(read_config(config) if config is not None else {}), **given})
     with looking_on(quiet) as watch:
-        try:
-            summary = run_training(request, watch)
-        except Interrupted as stop:
-            watch.say(
-                f"stopped; everything up to the last whole step is saved.  Go on with:\n  {request.command()} --resume"
-            )
-            raise typer.Exit(128 + stop.number) from None
+        summary = run_training(request, watch)
         if quiet:
             print_json(summary)
         else:
@@ -106,11 +88,8 @@ def run(request: Any, *, quiet: bool) -> None:
 def show(summary: dict[str, Any], watch: Any) -> None:
     """The result for people: the verdict, what it took, where things are."""
     training = summary["training"]
-    watch.say(f"\n[bold]{summary['verdict']}[/bold]")
+    watch.say(f"\n[bold]{plain(summary['verdict'])}[/bold]")
     watch.say(
         f"{training['steps']} steps, {training['tokens']:,} tokens at {training['tokens_per_second']:,.0f} tokens/s, "
-        f"{training['peak_memory_bytes'] / 1e9:.2f} GB at most; report: {summary['report']}"
+        f"{training['peak_memory_bytes'] / 1e9:.2f} GB at most; report: {plain(summary['report'])}"
     )
-
-
-train.__doc__ = _HELP

@@ -1,4 +1,4 @@
-"""Norms and gated activations of a model, run by the compiled kernels for as long as the engine holds the model.
+"""Norms, gated activations and rotary embeddings of a model, run by the compiled kernels while the engine holds it.
 
 A block is recognised by what it does, not by its name: its output on a probe is compared with the kernel's, and only
 where they agree does the kernel stand in.  So a new model is served without a table, and a look-alike that differs
@@ -7,8 +7,10 @@ where they agree does the kernel stand in.  So a new model is served without a t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,9 +19,11 @@ from torch import Tensor, nn
 from rankwise.kernels.gate import ACTIVATIONS, gated
 from rankwise.kernels.library import serves
 from rankwise.kernels.norm import rms_norm
+from rankwise.kernels.rotary import rotated, serves_rotary
 from rankwise.surgery.layer import Stand
 
 _ALIKE = 1e-2  # relative: two roundings to bfloat16 differ by about 4e-3
+_ROTARY = "apply_rotary_pos_emb"  # a function of each of transformers' modelling files, looked up at every call
 
 
 class _Norm(nn.Module):
@@ -45,9 +49,25 @@ class _GatedFeedForward(nn.Module):
         return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), self.activation))
 
 
+class _Rotary:
+    """Stands in for a modelling file's rotary function, which has what the kernel does not take.
+
+    The file is shared by all models of a family: the last engine to let go of it puts the function back.
+    """
+
+    def __init__(self, home: ModuleType, original: Callable[..., Any]) -> None:
+        self.home, self.original, self.holders = home, original, 0
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        if named or len(inputs) != 4 or not all(serves_rotary(x, *inputs[2:]) for x in inputs[:2]):
+            return self.original(*inputs, **named)
+        q, k, cos, sin = inputs
+        return rotated(q, cos, sin), rotated(k, cos, sin)
+
+
 @contextmanager
 def fused_blocks(model: nn.Module) -> Iterator[int]:
-    """Within it, blocks that the kernels can run are run by them; yields how many."""
+    """Within it, blocks that the kernels can run are run by them; yields how many, rotary embeddings not counted."""
     places = []
     for path, module in list(model.named_modules()):
         stand_in = None if isinstance(module, Stand) or ".adapters." in f".{path}." else _stand_in(module)
@@ -57,10 +77,43 @@ def fused_blocks(model: nn.Module) -> Iterator[int]:
     try:
         for parent, leaf, _, stand_in in places:
             setattr(parent, leaf, stand_in)
-        yield len(places)
+        with _fused_rotary(model):
+            yield len(places)
     finally:
         for parent, leaf, module, _ in places:
             setattr(parent, leaf, module)
+
+
+@contextmanager
+def _fused_rotary(model: nn.Module) -> Iterator[None]:
+    names = {type(module).__module__ for module in model.modules()} if any(map(serves, model.parameters())) else set()
+    found = [_rotary_of(sys.modules[name]) for name in names & sys.modules.keys()]
+    stand_ins = [stand_in for stand_in in found if stand_in is not None]
+    try:
+        for stand_in in stand_ins:
+            stand_in.holders += 1
+            setattr(stand_in.home, _ROTARY, stand_in)
+        yield
+    finally:
+        for stand_in in stand_ins:
+            stand_in.holders -= 1
+            if not stand_in.holders:
+                setattr(stand_in.home, _ROTARY, stand_in.original)
+
+
+@torch.no_grad()
+def _rotary_of(home: ModuleType) -> _Rotary | None:
+    function: Any = getattr(home, _ROTARY, None)
+    if isinstance(function, _Rotary):  # another engine's; from another file if it was imported meanwhile
+        return function if function.home is home else _Rotary(home, function.original)
+    noise = _noise(7, 2, 5, 16).bfloat16()
+    q, k, cos, sin = noise[:3].transpose(0, 1), noise[3:5].transpose(0, 1), noise[5], noise[6]
+    try:
+        want = function(q, k, cos, sin)
+        same = len(want) == 2 and all(_alike(rotated(x, cos, sin), y) for x, y in zip((q, k), want, strict=True))
+    except Exception:  # no such function, or one that takes something else
+        return None
+    return _Rotary(home, function) if same else None
 
 
 @torch.no_grad()

@@ -69,8 +69,8 @@ def held_folder(path: Path, *, resume: bool) -> Iterator[RunFolder]:
     """Holds a run folder for the length of a `with`.
 
     Raises:
-        RunFolderError: it cannot be written, another run holds it, or it has a run in it already and `resume` is not
-            asked for (or has none, and it is).
+        RunFolderError: it cannot be written, another run holds it, it has a run in it already and `resume` is not
+            asked for (or has none, and it is), or it has other things in it.
     """
     _make_writable(path)
     lock = FileLock(path / LOCK)
@@ -89,6 +89,8 @@ def held_folder(path: Path, *, resume: bool) -> Iterator[RunFolder]:
             )
         if resume and not folder.begun:
             raise RunFolderError(f"{path}: no run to resume", hint="leave out --resume to begin one")
+        if not folder.begun and any(child.name != LOCK for child in path.iterdir()):
+            raise RunFolderError(f"{path}: not empty; nothing was overwritten", hint="choose another --out")
         yield folder
     finally:
         lock.release()

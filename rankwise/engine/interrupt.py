@@ -10,21 +10,27 @@ from typing import Any
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Interrupted(Exception):  # noqa: N818 (not an error: a wish)
-    """Someone asked the run to stop; `number` is the signal."""
+class Interrupted(BaseException):
+    """Someone asked for a stop; `number` is the signal, `way_on` says how to go on.
+
+    Not an error but a wish, and so, like KeyboardInterrupt, no Exception that code on the way might swallow.
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
         self.number = number
+        self.way_on = ""
 
 
 class Interrupt:
     """Within it, the first signal is remembered and raised by `check`; a second Ctrl-C stops at once.
 
-    Signals reach the main thread only; in another thread this does nothing.
+    With `at_once` the first one is raised where it comes, for work that has nothing to save.  Signals reach the main
+    thread only; in another thread this does nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, at_once: bool = False) -> None:
+        self.at_once = at_once
         self.number: int | None = None
         self._before: dict[int, Any] = {}
 
@@ -42,6 +48,8 @@ class Interrupt:
             raise Interrupted(self.number)
 
     def _hear(self, number: int, _: FrameType | None) -> None:
+        if self.at_once:
+            raise Interrupted(number)
         if self.number is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.number = number

@@ -125,7 +125,15 @@ class _Training:
     # ── the course of a run ──────────────────────────────────────────────────────────────────────────────────────
 
     def go(self, interrupt: Interrupt) -> None:
-        self.show({"kind": "start", "step": self.done, "steps": self.steps})
+        self.show(
+            {
+                "kind": "start",
+                "step": self.done,
+                "steps": self.steps,
+                "layout": self.forward.layout,
+                "reason": self.forward.reason,
+            }
+        )
         try:
             while True:
                 at_end = self.done == self.steps or not self.active

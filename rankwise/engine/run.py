@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from rankwise.settings import Settings
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Run(Settings):
@@ -26,7 +28,7 @@ class Run(Settings):
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup: float = Field(default=0.03, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
     clip: float = Field(default=1.0, gt=0)
 

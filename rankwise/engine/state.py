@@ -44,10 +44,17 @@ def save_checkpoint(parent: Path, checkpoint: Checkpoint, keep: int) -> Path:
         RunFolderError: the disk is full or broken; older checkpoints are untouched.
     """
     place = parent / f"step-{checkpoint.step:06d}"
-    if place.exists() and _damage(place) is None:
-        return place
-    beside = parent / f".{place.name}.part"
-    for rest in parent.glob(".step-*.part"):  # of a run that was killed while it wrote
+    if not place.exists() or _damage(place) is not None:
+        _write(place, checkpoint)
+    others = [other for other in _places(parent) if other != place]  # newer ones among them are damaged
+    for old in others[keep - 1 :]:
+        shutil.rmtree(old, ignore_errors=True)
+    return place
+
+
+def _write(place: Path, checkpoint: Checkpoint) -> None:
+    beside = place.with_name(f".{place.name}.part")
+    for rest in place.parent.glob(".step-*.part"):  # of a run that was killed while it wrote
         shutil.rmtree(rest, ignore_errors=True)
     try:
         beside.mkdir(parents=True)
@@ -65,16 +72,12 @@ def save_checkpoint(parent: Path, checkpoint: Checkpoint, keep: int) -> Path:
     except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
         needed = sum(t.numel() * t.element_size() for group in checkpoint.tensors.values() for t in group.values())
         shutil.rmtree(beside, ignore_errors=True)
-        free = shutil.disk_usage(parent.parent).free
+        free = shutil.disk_usage(place.parent.parent).free
         reason = getattr(error, "strerror", None) or error
         raise RunFolderError(
             f"{place}: checkpoint not written: {reason}; it takes {needed:,} bytes, {free:,} are free",
             hint="make room; the older checkpoints are intact",
         ) from None
-    others = [other for other in _places(parent) if other != place]  # newer ones among them are damaged, or no more true
-    for old in others[keep - 1 :]:
-        shutil.rmtree(old, ignore_errors=True)
-    return place
 
 
 def newest_checkpoint(parent: Path) -> tuple[Checkpoint, list[str]]:

@@ -46,11 +46,13 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        schema = record["schema"]
+        schema, base = record["schema"], record.get("base")
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise AdapterFileError(f"{path}: not a rankwise record: {error!r}") from None
     if schema != SCHEMA:
         raise AdapterFileError(f"{path}: schema {schema!r}, this version reads {SCHEMA}", hint="update rankwise")
+    if not isinstance(base, dict) or not {"name", "fingerprint"} <= base.keys():
+        raise AdapterFileError(f"{path}: not a rankwise record: it does not say of which base")
     return record
 
 

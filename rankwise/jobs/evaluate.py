@@ -71,14 +71,19 @@ def folder_names(folders: Sequence[Path]) -> list[str]:
     Raises:
         SpecError: the same folder twice.
     """
-    resolved = [folder.expanduser().resolve() for folder in folders]
-    if len(set(resolved)) < len(resolved):
-        raise SpecError("the same adapter folder is named twice")
-    for depth in range(1, max((len(path.parts) for path in resolved), default=1) + 1):
-        names = ["-".join(part.strip("/\\") for part in path.parts[-depth:]) for path in resolved]
+    paths = [folder.expanduser().resolve() for folder in folders]
+    twice = next((str(folder) for folder, path in zip(folders, paths, strict=True) if paths.count(path) > 1), None)
+    if twice is not None:
+        raise SpecError(f"{twice}: the same adapter folder is named twice", hint="name it once")
+    depths = range(1, max((len(path.parts) for path in paths), default=1) + 1)
+    for names in ([_name(path, depth) for path in paths] for depth in depths):
         if len(set(names)) == len(names):
-            break
-    return [
-        "".join(c if (c.isalnum() and c.isascii()) or c in "._-" else "-" for c in name).strip(".-_")[-64:] or "adapter"
-        for name in names
-    ]
+            return names
+    return [f"{number}-{_name(path, 1)}"[:64] for number, path in enumerate(paths, start=1)]
+
+
+def _name(path: Path, depth: int) -> str:
+    """The last parts of a path as an adapter's name may be."""
+    text = "-".join(part.strip("/\\") for part in path.parts[-depth:])
+    allowed = "".join(c if (c.isalnum() and c.isascii()) or c in "._-" else "-" for c in text)
+    return allowed[-64:].strip(".-_") or "adapter"

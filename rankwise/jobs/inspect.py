@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -45,11 +46,17 @@ def _adapter(folder: Path) -> dict[str, Any]:
         "digest": adapter.digest(),
         "spec": adapter.spec.model_dump(mode="json"),
         "changes_nothing": not adapter.modules and not any(site["delta_norm"] for site in sites.values()),
-        "base": record["base"] if record is not None else None,
+        "base": record["base"] if record is not None else _named_base(folder),
         "training": record.get("training") if record is not None else None,
         "modules": sorted(adapter.modules),
         "sites": sites,
     }
+
+
+def _named_base(folder: Path) -> dict[str, Any] | None:
+    """What another tool wrote down of the base: its name, which proves nothing."""
+    name = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    return {"name": name, "fingerprint": None} if name else None
 
 
 def _model(source: str) -> dict[str, Any]:

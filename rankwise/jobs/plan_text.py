@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rankwise.data.template import Template
 from rankwise.frozen.load import Base
+from rankwise.jobs.documents import Documents
 from rankwise.jobs.request import TrainRequest
 from rankwise.surgery.bank import Bank
-
-if TYPE_CHECKING:
-    from rankwise.jobs.train import Documents
 
 _SHOWN_TOKENS = 160
 

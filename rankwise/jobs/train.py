@@ -12,22 +12,22 @@ from __future__ import annotations
 
 import json
 import resource
+import signal
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rankwise.data.corpus import Corpus
-from rankwise.data.prepare import prepare
-from rankwise.data.split import overlap, split
+from rankwise.data.rows import is_file
 from rankwise.data.template import Template
 from rankwise.engine.evaluate import Evaluation, evaluate
 from rankwise.engine.folder import RunFolder, held_folder
+from rankwise.engine.interrupt import Interrupted
 from rankwise.engine.loop import Outcome, train
 from rankwise.engine.run import Loop, Run
-from rankwise.errors import DataError
 from rankwise.formats.tensors import write_text
 from rankwise.frozen.load import Base, load_base
+from rankwise.jobs.documents import Documents, read_documents
+from rankwise.jobs.evaluate import load_adapter
 from rankwise.jobs.machine import machine_facts, versions
 from rankwise.jobs.plan_text import plan_text
 from rankwise.jobs.request import TrainRequest
@@ -41,17 +41,6 @@ from rankwise.reports.verdict import judge
 from rankwise.surgery.bank import Bank
 
 ADAPTER = "adapter"
-_HELD_BACK, _HELD_BACK_AT_MOST = 0.05, 500
-
-
-@dataclass(frozen=True)
-class Documents:
-    """What is learnt from, judged by, and compared on; with what became of the rows of each."""
-
-    train: Corpus
-    valid: Corpus
-    test: Corpus
-    facts: dict[str, Any]
 
 
 def run_training(request: TrainRequest, watch: Watch) -> dict[str, Any]:
@@ -59,30 +48,46 @@ def run_training(request: TrainRequest, watch: Watch) -> dict[str, Any]:
 
     Raises:
         RankwiseError: of every kind; nothing of another run is overwritten, nothing learnt is lost.
-        Interrupted: SIGINT or SIGTERM; a checkpoint has been saved.
+        Interrupted: SIGINT or SIGTERM; what was learnt has been saved, and `way_on` is the command to go on with.
     """
-    with held_folder(request.out, resume=request.resume) as folder:
-        with watch.stage(f"loading {request.model}"):
-            base = load_base(request.model, dtype=request.dtype, device=request.device)
-        template = Template(base.tokenizer, request.train_on)
-        documents = read_documents(request, template, watch)
-        with Bank(base.model) as bank:
-            _prepare_adapter(bank, request)
-            watch.say(plan_text(request, base, bank, documents, template))
-            began = time.monotonic()
-            outcome = _train(bank, request, documents, folder, watch)
-            facts = _facts(request, base, documents, template) | {
-                "training": _training_facts(folder, outcome, time.monotonic() - began)
-            }
-            bank.save(ADAPTER, request.out, facts)
-            return _finish(bank, base, template, request, documents, facts, watch)
+    try:
+        with held_folder(request.out, resume=request.resume) as folder:
+            return _run(request, folder, watch)
+    except Interrupted as stop:
+        stop.way_on = _way_on(request, "last whole step")
+        raise
+    except KeyboardInterrupt:  # the second Ctrl-C did not wait for that
+        stop = Interrupted(signal.SIGINT)
+        stop.way_on = _way_on(request, "last checkpoint")
+        raise stop from None
 
 
-def _prepare_adapter(bank: Bank, request: TrainRequest) -> None:
-    if request.continue_from is None:
-        bank.add(ADAPTER, request.spec, seed=request.seed)
-    else:
-        bank.load(ADAPTER, request.continue_from)
+def _way_on(request: TrainRequest, saved: str) -> str:
+    if RunFolder(request.out).begun:
+        return f"; everything up to the {saved} is saved.  Go on with:\n  {request.command()} --resume"
+    return f" before the first step.  Begin again with:\n  {request.command()}"
+
+
+def _run(request: TrainRequest, folder: RunFolder, watch: Watch) -> dict[str, Any]:
+    for source in (*request.data, *filter(None, (request.valid, request.test))):
+        is_file(source)  # one that is missing is found out before a model is loaded
+    with watch.stage(f"loading {request.model}"):
+        base = load_base(request.model, dtype=request.dtype, device=request.device)
+    template = Template(base.tokenizer, request.train_on)
+    documents = read_documents(request, template, watch)
+    with Bank(base.model) as bank:
+        if request.continue_from is None:
+            bank.add(ADAPTER, request.spec, seed=request.seed)
+        else:
+            load_adapter(bank, ADAPTER, request.continue_from, base, template, force=request.force)
+        watch.say(plan_text(request, base, bank, documents, template))
+        began = time.monotonic()
+        outcome = _train(bank, request, documents, folder, watch)
+        facts = _facts(request, base, documents, template) | {
+            "training": _training_facts(folder, outcome, time.monotonic() - began)
+        }
+        bank.save(ADAPTER, request.out, facts)
+        return _finish(bank, base, template, request, documents, facts, watch)
 
 
 def _train(bank: Bank, request: TrainRequest, documents: Documents, folder: RunFolder, watch: Watch) -> Outcome:
@@ -108,66 +113,15 @@ def _train(bank: Bank, request: TrainRequest, documents: Documents, folder: RunF
         )[ADAPTER]
 
 
-def read_documents(request: TrainRequest, template: Template, watch: Watch) -> Documents:
-    """Training, validation and test documents, tokenised; without a validation file some are held back.
-
-    Raises:
-        DataError: bad rows, all listed; or validation documents that are also trained on.
-    """
-
-    def read(sources: Any, title: str) -> Any:
-        with watch.stage(title) as advance:
-            return prepare(
-                sources,
-                template,
-                request.max_length,
-                overlong=request.overlong,
-                progress=lambda rows, share: advance(share),
-            )
-
-    found = read(list(request.data), "reading the documents")
-    parts = {"train": found.report.to_json()}
-    if request.valid is None:
-        share = min(_HELD_BACK, _HELD_BACK_AT_MOST / len(found.corpus))
-        train_on, valid = split(found.corpus, share=max(share, 2 / max(4, len(found.corpus))), seed=request.seed)
-        parts["train"] |= _counts(train_on)
-        parts["valid"] = parts["train"] | _counts(valid)
-    else:
-        held = read(request.valid, "reading the validation documents")
-        train_on, valid, parts["valid"] = found.corpus, held.corpus, held.report.to_json()
-    test = valid
-    if request.test is not None:
-        last = read(request.test, "reading the test documents")
-        test, parts["test"] = last.corpus, last.report.to_json()
-    for title, corpus in (("validation", valid), ("test", test)):
-        seen = overlap(train_on, corpus)
-        if seen:
-            raise DataError(
-                f"{seen} of {len(corpus)} {title} documents are also trained on; the comparison would prove nothing",
-                hint="take them out of one file, or leave out --valid and a part of the documents is held back",
-            )
-    return Documents(train_on, valid, test, parts)
-
-
-def _counts(corpus: Corpus) -> dict[str, int]:
-    return {"documents": len(corpus), "tokens": len(corpus.tokens), "supervised": int(corpus.supervised.sum())}
-
-
 def _facts(request: TrainRequest, base: Base, documents: Documents, template: Template) -> dict[str, Any]:
     return {
         "versions": versions(),
         "machine": machine_facts(base.device, base.precision),
         "settings": request.table(),
-        "data": {name: _split_facts(report) for name, report in documents.facts.items()},
+        "data": documents.facts,
         "template": {"digest": template.digest},
         "command": request.command(),
     }
-
-
-def _split_facts(report: dict[str, Any]) -> dict[str, Any]:
-    files = [{"path": path, "sha256": digest} for path, digest in report["files"].items()]
-    kept = ("documents", "tokens", "supervised", "truncated", "dropped")
-    return {"files": files, **{name: report[name] for name in kept}}
 
 
 def _training_facts(folder: RunFolder, outcome: Outcome, seconds: float) -> dict[str, Any]:
@@ -180,7 +134,7 @@ def _training_facts(folder: RunFolder, outcome: Outcome, seconds: float) -> dict
         "epochs": steps[-1]["epoch"] + 1 if steps else 0,
         "tokens": tokens,
         "supervised": sum(s["supervised"] for s in steps),
-        "seconds": seconds,
+        "seconds": max(seconds, busy),  # of a resumed run's first part the steps alone are known
         "tokens_per_second": tokens / busy if busy else 0.0,
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "stopped": outcome.status,

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from rankwise.kernels.library import Heads, native, serves
 
+_LANES = 16  # of the longest vectors: torch's CPU kernel turns NaN into 0 where a document is shorter than one
+
 
 @dataclass(frozen=True)
 class Spans:
@@ -59,16 +61,19 @@ def attend(
 
 
 def _attend_alone(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softcap: float) -> Tensor:
-    length, mask = len(q), None
-    if softcap or 0 < window < length:
+    length = len(q)
+    queries, keys, values = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    blind = q.device.type == "cpu" and length < _LANES
+    mask = None
+    if softcap or blind or 0 < window < length:
         mask = (
             torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - window if window else -length)
         )
-    queries, keys, values = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    if softcap and mask is not None:
-        shared = q.shape[1] // k.shape[1]
-        scores = (queries @ keys.repeat_interleave(shared, 1).transpose(2, 3)).float() * scale
-        weights = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, -torch.inf).softmax(-1)
+    if mask is not None and (softcap or blind):
+        shared, wide = q.shape[1] // k.shape[1], torch.promote_types(q.dtype, torch.float32)
+        scores = (queries @ keys.repeat_interleave(shared, 1).transpose(2, 3)).to(wide) * scale
+        scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+        weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
         return (weights.to(q.dtype) @ values.repeat_interleave(shared, 1))[0].transpose(0, 1)
     out = F.scaled_dot_product_attention(
         queries,

@@ -35,6 +35,7 @@ _FUNCTIONS = {
     "norm_backward": (None, [*[Pointer] * 5, Int, Int, Float]),
     "gate_forward": (None, [*[Pointer] * 3, Int, Int]),
     "gate_backward": (None, [*[Pointer] * 5, Int, Int]),
+    "rotary": (None, [*[Pointer] * 4, POINTER(c_int64), POINTER(c_int64), *[Int] * 6]),
     "cross_entropy": (None, [*[Pointer] * 4, Int, Int, Int]),
     "rankwise_supported": (c_int, []),
 }

@@ -11,13 +11,16 @@ from rankwise.kernels.library import native, serves
 def cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
     """Negative log-likelihoods, float32 `[rows]`, of `targets` `[rows]` under `logits` `[rows, classes]`.
 
-    With `weights` (float32 `[rows]`) the logits are spent: on return they hold the gradient of
-    `(weights * losses).sum()` with respect to themselves, `weights · (softmax - onehot)`.
+    With `weights` `[rows]` the logits are spent: on return they hold the gradient of `(weights * losses).sum()` with
+    respect to themselves, `weights · (softmax - onehot)`.
     """
+    targets, weights = targets.long(), None if weights is None else weights.float()
     if serves(logits) and logits.is_contiguous():
         losses = logits.new_empty(len(logits), dtype=torch.float32)
         targets = targets.contiguous()
         weights = None if weights is None else weights.contiguous()
+        if len(targets) and not (targets.min() >= 0 and targets.max() < logits.shape[1]):
+            raise IndexError(f"targets {targets.min()} … {targets.max()} for {logits.shape[1]} classes")
         native().cross_entropy(  # type: ignore[union-attr]
             logits.data_ptr(),
             targets.data_ptr(),

@@ -16,7 +16,7 @@ from rankwise.kernels.library import native, serves
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     """Normalises the last dimension of `x`, `[..., width]`; `weight` `[width]` is a constant."""
     if serves(x, weight):
-        return _NativeNorm.apply(x.contiguous(), weight.detach(), eps, offset)
+        return _NativeNorm.apply(x.contiguous(), weight.detach().contiguous(), eps, offset)
     wide = x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (normed * (offset + weight.detach().float())).to(x.dtype)

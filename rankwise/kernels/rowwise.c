@@ -1,4 +1,5 @@
-/* What happens between the products, one pass over memory each: RMS norm, gated activation, softmax cross-entropy.
+/* What happens between the products, one pass over memory each: RMS norm, gated activation, rotary
+ * embedding, softmax cross-entropy.
  *
  * bfloat16 in and out, float32 inside, so each result is rounded once.
  */
@@ -82,6 +83,34 @@ void gate_backward(const bf16 *grad, const bf16 *gate, const bf16 *up, bf16 *gra
         __m512 g = load_some(grad + i, some), slope, value = activation(load_some(gate + i, some), kind, &slope);
         store_some(grad_up + i, _mm512_mul_ps(g, value), some);
         store_some(grad_gate + i, _mm512_mul_ps(_mm512_mul_ps(g, load_some(up + i, some)), slope), some);
+    }
+}
+
+/* y1 = x1∘cos1 - x2∘sin1 and y2 = x2∘cos2 + x1∘sin2 for the halves 1, 2 of each row of x and y [batch, heads, tokens,
+ * width], with strides of the first three; cos and sin [batch, tokens, width], whose own batch stride is 0 where all
+ * share them.  Backward is the transposed turn: sin1 and sin2 change places and signs. */
+void rotary(const bf16 *x, bf16 *y, const bf16 *cosine, const bf16 *sine, const i64 *x_strides, const i64 *y_strides,
+            i64 angle_stride, i64 batch, i64 heads, i64 tokens, i64 width, i64 backward) {
+    i64 half = width / 2;
+#pragma omp parallel for
+    for (i64 row = 0; row < batch * tokens; row++) {
+        i64 b = row / tokens, t = row % tokens, angles = b * angle_stride + t * width;
+        const bf16 *from = x + b * x_strides[0] + t * x_strides[2];
+        bf16 *to = y + b * y_strides[0] + t * y_strides[2];
+        for (i64 d = 0; d < half; d += LANES) {
+            __mmask16 some = lanes_left(d, half);
+            const bf16 *c = cosine + angles + d, *s = sine + angles + d;
+            __m512 c1 = load_some(c, some), c2 = load_some(c + half, some);
+            __m512 s1 = load_some(backward ? s + half : s, some), s2 = load_some(backward ? s : s + half, some);
+            if (backward) s1 = _mm512_sub_ps(_mm512_setzero_ps(), s1), s2 = _mm512_sub_ps(_mm512_setzero_ps(), s2);
+            for (i64 h = 0; h < heads; h++) {
+                const bf16 *in = from + h * x_strides[1] + d;
+                bf16 *out = to + h * y_strides[1] + d;
+                __m512 x1 = load_some(in, some), x2 = load_some(in + half, some);
+                store_some(out, _mm512_fnmadd_ps(x2, s1, _mm512_mul_ps(x1, c1)), some);
+                store_some(out + half, _mm512_fmadd_ps(x1, s2, _mm512_mul_ps(x2, c2)), some);
+            }
+        }
     }
 }
 

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from transformers import PreTrainedConfig
 
 from rankwise.adapters.dropout import keep_mask, mixed
 from rankwise.adapters.lowrank import LowRank
 from rankwise.adapters.product import Part
+from rankwise.errors import RouteError
 from rankwise.surgery.routing import Route, Router
 from rankwise.surgery.sites import Site
 
@@ -87,12 +89,18 @@ class AdaptedLayer(Stand):
         return Part(start, stop, factors.A, factors.B, factors.scale, factors.dropout, keep)
 
 
+def _twin(base: nn.Module) -> nn.Module:
+    """A copy that shares the model's configs, so that what is set there (how to attend) holds for it too."""
+    values = [value for module in base.modules() for value in vars(module).values()]
+    return copy.deepcopy(base, {id(value): value for value in values if isinstance(value, PreTrainedConfig)})
+
+
 class CopiedLayer(Stand):
     """A module of which each adapter that trains it whole has its own copy: float32, rounded for the forward pass."""
 
     @torch.no_grad()
     def admit(self, name: str, own: Mapping[str, Tensor], seed: int) -> None:
-        twin = copy.deepcopy(self.base).float().requires_grad_(True).train(self.training)
+        twin = _twin(self.base).float().requires_grad_(True).train(self.training)
         for part, tensor in own.items():
             twin.get_parameter(part).copy_(tensor)
         self.adapters[key_of(name)] = twin
@@ -102,6 +110,17 @@ class CopiedLayer(Stand):
         route = self.router.route if merged is None else Route.whole(merged)
         if len(route.runs) == 1 or all(self.of(name) is None for name in route.names):
             return self._through(route.runs[0][0], *inputs, **named)
+        try:
+            return self._piecewise(route, *inputs, **named)
+        except (RouteError, torch.OutOfMemoryError):
+            raise
+        except (TypeError, ValueError, IndexError, RuntimeError) as error:
+            raise RouteError(
+                f"{self.path}: trained whole by an adapter, and not a module that takes tokens one by one: {error}",
+                hint="route one adapter at a time with bank.use(name)",
+            ) from error
+
+    def _piecewise(self, route: Route, *inputs: Any, **named: Any) -> Tensor:
         x, *rest = inputs
         if route.unit == "tokens":  # [1, tokens, ...]: a norm, a head or an embedding, one token at a time
             x = x.squeeze(0)

@@ -167,8 +167,35 @@ def test_resume_refuses_what_would_be_another_run_and_says_why(tmp_path):
         assert piece in str(caught.value)
 
 
-def test_a_finished_run_is_not_resumed_and_a_folder_not_overwritten(tmp_path):
+def test_a_run_that_made_its_last_step_but_left_no_results_gives_its_weights_again(tmp_path):
+    """It was killed between its last checkpoint and the saving of the adapter, which may be minutes later."""
+    whole = long_run(tmp_path)
+    before = (tmp_path / "metrics.jsonl").read_text()
+    again = long_run(tmp_path, resume=True)
+    assert same(again[0]["a"], whole[0]["a"])
+    assert again[2] == whole[2]
+    assert not losses(again[1])
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+def test_a_run_stopped_at_its_last_validation_is_resumed_to_its_end(tmp_path):
+    whole = long_run(tmp_path / "whole")
+    steps = whole[2]["a"].steps
+
+    def stop(event):
+        if event["kind"] == "step" and event["step"] == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        long_run(tmp_path / "cut", observe=stop)
+    resumed = long_run(tmp_path / "cut", resume=True)
+    assert same(resumed[0]["a"], whole[0]["a"])
+    assert resumed[2] == whole[2]
+
+
+def test_a_complete_run_is_not_resumed_and_a_folder_not_overwritten(tmp_path):
     long_run(tmp_path)
+    (tmp_path / "README.md").write_text("the model card, written last")
     with pytest.raises(RunFolderError, match="the run is finished"):
         long_run(tmp_path, resume=True)
     with pytest.raises(RunFolderError, match="holds a run already"):

@@ -28,3 +28,53 @@ def test_extreme_gates_stay_finite():
         out.sum().backward()
         assert out.isfinite().all()
     assert gate.grad.isfinite().all()
+
+
+BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+
+@BOTH
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("size", [0, 1, 15, 16, 17, 1000])
+def test_every_size_is_served(size, activation, dtype):
+    gate, up = torch.randn(size).to(dtype), torch.randn(size).to(dtype)
+    want = ACTIVATIONS[activation](gate.double()) * up.double()
+    assert (gated(gate, up, activation).double() - want).norm() <= 4e-3 * want.norm()
+
+
+@BOTH
+def test_tensors_may_lie_in_memory_as_they_like(dtype):
+    """The two halves of one product, as in Phi 3, rows turned round, and a gradient that is one number repeated."""
+    both = torch.randn(6, 80).to(dtype)
+    halves, turned = both.chunk(2, dim=-1), [x.t().contiguous().t() for x in both.chunk(2, dim=-1)]
+    found = []
+    for gate, up in ([x.contiguous() for x in halves], halves, turned):
+        low = [x.detach().requires_grad_() for x in (gate, up)]
+        out = gated(*low, "silu")
+        out.sum().backward()
+        found.append([out, low[0].grad, low[1].grad])
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0])
+
+
+@BOTH
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("which", [0, 1], ids=["gate", "up"])
+def test_not_a_number_comes_through_at_its_place_alone(which, activation, dtype):
+    low = [torch.randn(40).to(dtype) for _ in range(2)]
+    low[which][7] = torch.nan
+    low = [x.requires_grad_() for x in low]
+    out = gated(*low, activation)
+    out.sum().backward()
+    place = torch.arange(40) == 7
+    assert torch.equal(out.isnan(), place)
+    assert torch.equal(low[0].grad.isnan(), place)
+    assert torch.equal(low[1].grad.isnan(), place if which == 0 else torch.zeros_like(place))
+
+
+@BOTH
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_infinity_does_not_become_a_number(activation, dtype):
+    up = torch.ones(3, dtype=dtype)
+    assert not gated(torch.tensor([torch.inf] * 3, dtype=dtype), up, activation).isfinite().any()
+    assert not gated(up, torch.tensor([torch.inf, -torch.inf, torch.inf], dtype=dtype), activation).isfinite().any()

@@ -1,0 +1,68 @@
+"""The compiled kernels are one way of two: found where they can run, taken only for what they can read."""
+
+import ctypes
+import platform
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from rankwise.kernels import library
+from rankwise.kernels.library import Heads, native, reclaim_memory_lazily, serves
+
+
+def test_they_are_used_on_every_processor_that_can_run_them_and_that_has_them_built():
+    """Absent, everything takes its plain path: tests/test_house.py runs the engine without them."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            flags = next((set(line.split()) for line in file if line.startswith("flags")), set())
+    except OSError:
+        flags = set()
+    wanted = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"}
+    if native() is not None:
+        assert wanted <= flags
+        assert native().rankwise_supported() == 1
+    else:
+        assert not wanted <= flags or find_spec("rankwise.kernels._native") is None
+
+
+def test_the_library_is_opened_once():
+    assert native() is native()
+
+
+def test_only_bfloat16_in_main_memory_is_served():
+    here = native() is not None
+    low = torch.ones(2, dtype=torch.bfloat16)
+    assert serves(low) == serves(low, low) == here
+    for other in (torch.float32, torch.float16, torch.float64, torch.int64):
+        assert not serves(torch.ones(2, dtype=other))
+        assert not serves(low, torch.ones(2).to(other))
+    assert not serves(torch.ones(2, dtype=torch.bfloat16, device="meta"))
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 16), (1, 1, 16)])
+def test_heads_tell_the_place_of_every_number(shape):
+    """Address and strides, read back byte by byte as the C side does it."""
+    x = torch.randn(shape).bfloat16().transpose(0, 1).contiguous().transpose(0, 1)
+    heads = Heads.of(x)
+    for token in range(shape[0]):
+        for head in range(shape[1]):
+            place = heads.data + 2 * (token * heads.token + head * heads.head)
+            raw = bytearray(ctypes.string_at(place, 2 * shape[2]))
+            assert torch.equal(torch.frombuffer(raw, dtype=torch.bfloat16), x[token, head])
+
+
+def test_every_function_is_there_with_its_types():
+    """A name that is missing in the compiled file is found when it is opened, not when it is first called."""
+    if native() is not None:
+        for name, (result, arguments) in library._FUNCTIONS.items():
+            function = getattr(native(), name)
+            assert function.restype is result
+            assert function.argtypes == arguments
+    assert {"attention_forward", "norm_backward", "cross_entropy"} <= library._FUNCTIONS.keys()
+
+
+def test_telling_glibc_to_keep_memory_is_harmless_twice_and_where_there_is_none():
+    first = reclaim_memory_lazily()
+    assert reclaim_memory_lazily() == first
+    assert first == (platform.libc_ver()[0] == "glibc")

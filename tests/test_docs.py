@@ -1,0 +1,62 @@
+"""What the pages say can be done, done: their Python is run, their commands are read by the command line itself."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+
+from rankwise.cli.app import app
+from tests.jobs.world import write_model, write_rows
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+VERBS = typer.main.get_command(app).commands
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+
+
+COMMANDS = [
+    (page.name, line)
+    for page in PAGES
+    for block in blocks(page, "sh")
+    for line in block.splitlines()
+    if line.startswith("rankwise ")
+]
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md"])
+def test_the_python_of_the_readme_runs(page, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_model(tmp_path / "model")
+    write_rows(tmp_path / "chats.jsonl", range(40))
+    (code,) = blocks(ROOT / page, "python")
+    exec(code.replace("path/or/hub-id", "./model"), {})
+    assert "'delta': {'mean':" in capsys.readouterr().out
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("page", "line"), COMMANDS)
+def test_every_command_on_a_page_is_one(page, line):
+    _, verb, *words = shlex.split(line)
+    VERBS[verb].make_context(verb, words).close()
+
+
+def test_both_readmes_show_the_same_commands():
+    def shown(page):
+        return [line.split("  ")[0] for line in blocks(ROOT / page, "sh")[1].splitlines()]
+
+    assert [re.sub("路径或ID", "PATH_OR_ID", line) for line in shown("README.zh-CN.md")] == shown("README.md")
+
+
+def test_every_link_between_pages_leads_somewhere():
+    missing = []
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#\s]+)\)", page.read_text(encoding="utf-8")):
+            if "://" not in target and not (page.parent / target).exists():
+                missing.append(f"{page.relative_to(ROOT)}: {target}")
+    assert not missing
