@@ -1,7 +1,10 @@
-"""Dropout masks that depend on nothing but the adapter's seed, the site and the tick of the forward pass.
+"""Dropout masks, one for each run of rows of an adapter, from torch's own generator for the device.
 
-Seeded so, a document's mask is the same whatever else is in the stream, in the recomputation of a checkpointed layer,
-and after a resume.
+The generator is seeded by the adapter's seed, the site and the tick of the forward pass, so a mask is the same in the
+recomputation of a checkpointed layer and after a resume.  An element's place in its run counts too: a document's mask
+depends on the documents of the same adapter before it and on how a step was cut into passes, but not on what follows
+or on the runs of other adapters between.  Runs of one adapter that are not neighbours begin with the same mask.
+Another kind of device draws other masks.
 """
 
 from __future__ import annotations

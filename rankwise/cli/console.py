@@ -10,12 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from rankwise.texts import json_text, plain
+
 if TYPE_CHECKING:
     from rankwise.jobs.watch import Advance
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False))
+    print(json_text(value, indent=2))
 
 
 class Console:
@@ -26,7 +28,7 @@ class Console:
 
         from rich.console import Console as Terminal
 
-        self.terminal = Terminal(file=sys.stderr, highlight=False)
+        self.terminal = Terminal(file=sys.stderr, highlight=False, emoji=False)  # ":b:" in a row is text
         self._bar: Any = None
         self._task: Any = None
 
@@ -36,14 +38,14 @@ class Console:
 
         columns = (
             SpinnerColumn(finished_text="✓"),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=30),
             TextColumn("{task.percentage:>3.0f} %"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=self.terminal) as bar:
-            task = bar.add_task(plain(title), total=1.0)
+            task = bar.add_task(title, total=1.0)
             yield lambda share: bar.update(task, completed=min(share, 0.999))
             bar.update(task, completed=1.0)
 
@@ -104,11 +106,6 @@ class Console:
         """Takes a bar down that an error left standing."""
         if self._bar is not None:
             self._end()
-
-
-def plain(text: str) -> str:
-    """Text as it is: what looks like markup is not."""
-    return text.replace("[", r"\[")
 
 
 @contextmanager

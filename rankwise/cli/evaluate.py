@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,7 +17,15 @@ def evaluate(
     adapter: Annotated[
         list[Path], typer.Option("--adapter", metavar="DIR", help="An adapter's folder; may be repeated.")
     ],
-    max_length: Annotated[int, typer.Option(help="Longer documents are cut, in tokens.")] = 2048,
+    max_length: Annotated[
+        int | None, typer.Option(help="Longest document, in tokens [as in training, else 2048].", show_default=False)
+    ] = None,
+    overlong: Annotated[
+        str | None, typer.Option(help="Longer ones: truncate or drop [as in training].", show_default=False)
+    ] = None,
+    train_on: Annotated[
+        str | None, typer.Option(help="Answers that count: all or last [as in training].", show_default=False)
+    ] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     force: Force = False,
@@ -31,15 +39,17 @@ def evaluate(
       rankwise evaluate --model ./SmolLM2-135M-Instruct --data test.jsonl --adapter runs/a --adapter runs/b
     """
     from rankwise.jobs.evaluate import run_evaluation
+    from rankwise.jobs.plan_text import left_out
 
+    asked: dict[str, Any] = {"max_length": max_length, "overlong": overlong, "train_on": train_on}
     with looking_on(json) as watch:
-        found = run_evaluation(
-            model, adapter, data, watch, max_length=max_length, dtype=dtype, device=device, force=force
-        )
+        found = run_evaluation(model, adapter, data, watch, dtype=dtype, device=device, force=force, **asked)
         if json:
             print_json(found)
             return
         watch.say(f"{found['documents']:,} documents, {found['tokens']:,} supervised tokens; nats per token")
+        for words in left_out(found):
+            watch.say(f"  {words}")
         width = max(len(one["name"]) for one in [{"name": "base"}, *found["adapters"]])
         print(f"{'base':{width}}  {found['base']['loss']:.4f}")
         for one in found["adapters"]:

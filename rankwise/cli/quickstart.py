@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from rankwise.cli.console import looking_on, plain, print_json
+from rankwise.cli.console import looking_on, print_json
 from rankwise.cli.options import Json
+from rankwise.texts import plain
 
 
 def quickstart(

@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from rankwise.cli.console import looking_on, plain, print_json
+from rankwise.cli.console import looking_on, print_json
 from rankwise.cli.options import Json
+from rankwise.texts import plain
 
 
 def _option(help_text: str, *names: str, **settings: Any) -> Any:
@@ -76,7 +77,11 @@ def _run(config: Path | None, given: dict[str, Any], *, quiet: bool) -> None:
     from rankwise.jobs.request import TrainRequest, read_config
     from rankwise.jobs.train import run_training
 
-    request = TrainRequest(**{**(read_config(config) if config is not None else {}), **given})
+    settings = {**(read_config(config) if config is not None else {}), **given}
+    missing = [f"'--{name}'" for name in ("model", "data", "out") if name not in settings]
+    if missing:
+        raise typer.BadParameter(f"Missing option {', '.join(missing)}.")
+    request = TrainRequest(**settings)
     with looking_on(quiet) as watch:
         summary = run_training(request, watch)
         if quiet:

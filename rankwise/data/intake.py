@@ -118,7 +118,9 @@ class Intake:
             self._dropped[_CUT_OFF if overlong else _NOTHING_LEFT] += 1
         else:
             self._writer.append(tokens, supervised, origin)
-            self._count.update(documents=1, tokens=len(tokens), supervised=int(supervised.sum()), truncated=overlong)
+            self._count.update(
+                documents=1, tokens=len(tokens), supervised=int(supervised.sum()), truncated=int(overlong)
+            )
 
     def report(self, files: dict[str, str]) -> Report:
         """The counts, once every row has been taken and flushed.

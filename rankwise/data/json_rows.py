@@ -66,7 +66,9 @@ class _Document:
     def __init__(self, path: Path, text: str) -> None:
         self._path, self._text = path, text
         self._counted = (0, 1)  # up to this place, this line
-        self._at = 0
+        # A line that every row shares tells nobody which row is meant, and would make all of them one.
+        self._numbered = "\n" not in text.strip()
+        self._at = self._row = 0
         self._skip()
 
     def rows(self) -> Iterator[tuple[Origin, Any, float]]:
@@ -77,9 +79,11 @@ class _Document:
             yield from self._elements(whole=False)
         else:  # objects one after the other, however they are laid out: JSON lines under another name
             while self._at < len(self._text):
-                yield self._value()
+                yield self._next_row()
 
     def origin(self) -> Origin:
+        if self._numbered:
+            return Origin(str(self._path), max(1, self._row), numbered=True)
         place, line = self._counted
         if self._at > place:
             self._counted = (self._at, line + self._text.count("\n", place, self._at))
@@ -88,10 +92,10 @@ class _Document:
     def _elements(self, whole: bool = True) -> Iterator[tuple[Origin, Any, float]]:
         self._take("[")
         if not self._text.startswith("]", self._at):
-            yield self._value()
+            yield self._next_row()
             while self._text.startswith(",", self._at):
                 self._take(",")
-                yield self._value()
+                yield self._next_row()
         self._take("]")
         if whole and self._at < len(self._text):
             raise json.JSONDecodeError("Extra data after the list", self._text, self._at)
@@ -113,6 +117,10 @@ class _Document:
         alone = self._at == len(self._text)
         self._at, self._counted = start, (0, 1)
         return found[0] if alone and len(found) == 1 else None
+
+    def _next_row(self) -> tuple[Origin, Any, float]:
+        self._row += 1
+        return self._value()
 
     def _value(self) -> tuple[Origin, Any, float]:
         origin = self.origin()

@@ -114,12 +114,16 @@ def _read_all(sources: Sequence[str], split: str, intake: Intake, problems: Prob
 def _opened(folder: Path, files: dict[str, str], reused: bool) -> Prepared:
     corpus, facts = open_corpus(folder)
     # The same bytes may have been read under another name.
-    return Prepared(replace(corpus, files=tuple(files)), Report(**facts | {"files": files}), reused)
+    try:
+        report = Report(**facts | {"files": files})
+    except TypeError as error:  # of a version that counted other things
+        raise DataError(f"{folder}: not a stored corpus: {error}") from None
+    return Prepared(replace(corpus, files=tuple(files)), report, reused)
 
 
 def _key(files: dict[str, str], options: list[object]) -> str:
     kinds = [ending(Path(name)) for name in files]
-    libraries = [version("transformers"), version("tokenizers")]
+    libraries = [version("rankwise"), version("transformers"), version("tokenizers")]
     content = json.dumps([SCHEMA, list(files.values()), kinds, options, libraries])
     return hashlib.sha256(content.encode()).hexdigest()[:40]
 

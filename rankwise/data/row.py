@@ -8,13 +8,17 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a row begins: its file (as it was named) and its line; in Parquet and on the hub its number.  From 1."""
+    """Where a row begins: its file (as it was named) and its line; in Parquet and on the hub its number.  From 1.
+
+    Where a whole JSON document stands on one line, its rows are numbered too, and `numbered` says so.
+    """
 
     file: str
     line: int
+    numbered: bool = False
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}"
+        return f"{self.file}: row {self.line}" if self.numbered else f"{self.file}:{self.line}"
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ that is what is trained, up to and with the end-of-turn token.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -77,20 +78,23 @@ class Template:
             raise DataError(f"train_on = {train_on!r}, expected one of {', '.join(get_args(TrainOn))}")
         self.tokeniser = Tokeniser(tokenizer)
         self.train_on = train_on
-        self.chat: str | None = tokenizer.get_chat_template() if tokenizer.chat_template else None
+        self._named = _templates(tokenizer)
+        self.chat: str | None = self._named.get("default")
         self._tokenizer = tokenizer
         added = tokenizer.added_tokens_decoder.values()
         self._special = {str(token.content) for token in added if token.special} | {tokenizer.eos_token or ""} - {""}
         self._special_sizes = sorted({len(token) for token in self._special}, reverse=True)
         if self.chat is None and self.tokeniser.eos is None:
             raise _no_eos()
-        if self.chat is not None:
-            self._check(self.chat)
+        for chat in self._named.values():
+            self._check(chat)
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the template's text and the tokenizer: with the same digest the same rows give the same tokens."""
-        return hashlib.sha256(f"{self.tokeniser.digest}\n{self.chat}".encode()).hexdigest()
+        # Rows with tools are rendered by another of the named templates, so all of them count.
+        chat = self.chat if len(self._named) < 2 else json.dumps(self._named, sort_keys=True)
+        return hashlib.sha256(f"{self.tokeniser.digest}\n{chat}".encode()).hexdigest()
 
     @cached_property
     def stops(self) -> tuple[int, ...]:
@@ -223,7 +227,10 @@ class Template:
         """Where a turn ends, at least ends, and whether a token says so; white space behind it never counts."""
         end = _rstripped(text, len(text))
         written = content.rstrip()
-        if written and text.endswith(written, begin, end):
+        size = self._special_before(text, begin, end)
+        # A short answer such as ">" also ends the token behind it; that token goes first, unless the answer holds it.
+        itself = written.endswith(text[end - size : end])
+        if written and text.endswith(written, begin, end) and itself:
             return end, end, False
         last = least = 0
         at = end
@@ -249,7 +256,7 @@ class Template:
     def _check(self, chat: str) -> None:
         try_template(chat)
         try:
-            self._tokenizer.apply_chat_template([{"role": "user", "content": "A"}], tokenize=False)
+            self._tokenizer.apply_chat_template([{"role": "user", "content": "A"}], chat_template=chat, tokenize=False)
         except (TemplateSyntaxError, SecurityError) as error:
             raise DataError(
                 f"the chat template is {'unsafe' if isinstance(error, SecurityError) else 'broken'}: {error}",
@@ -257,6 +264,25 @@ class Template:
             ) from None
         except _FAILURES:
             pass  # it may want more than one question; rows will tell
+
+
+def _templates(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """The tokenizer's chat templates by name: none, `default`, or several of which transformers takes one by the row.
+
+    Raises:
+        DataError: there are several and none is the default.
+    """
+    found = tokenizer.chat_template
+    if not found:
+        return {}
+    if isinstance(found, str):
+        return {"default": found}
+    if "default" not in found:
+        raise DataError(
+            f"the tokenizer has chat templates named {', '.join(map(repr, found))} and none is called 'default'",
+            hint="set tokenizer.chat_template to the one to use",
+        )
+    return dict(found)
 
 
 def _agreement(a: str, b: str) -> int:

@@ -52,19 +52,40 @@ def _attend_stream(
     causal = getattr(module, "is_causal", True) if named.get("is_causal") is None else named["is_causal"]
     strange = [name for name in ("s_aux", "position_bias", "head_mask") if named.get(name) is not None]
     strange += ["dropout"] if named.get("dropout") else []
-    if not causal or strange or attention_mask is not None or query.shape[0] != 1 or not _spans:
+    carried = attention_mask is not None and _carries_window(attention_mask)
+    if not causal or strange or query.shape[0] != 1 or not _spans or not (attention_mask is None or carried):
         raise UnpackableError(f"{type(module).__name__}: {', '.join(strange) or 'not plain causal attention'}")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attend(q, k, v, _spans[-1], scale, sliding_window or 0, softcap or 0.0).unsqueeze(0), None
+    windows = [sliding_window] if sliding_window else []
+    windows += [int(attention_mask)] if carried else []  # type: ignore[arg-type]  # carried: it is a tensor
+    return attend(q, k, v, _spans[-1], scale, min(windows, default=0), softcap or 0.0).unsqueeze(0), None
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    """Packed attention needs no mask: it never looks across a border."""
+def _window_alone(
+    *_: Any, local_size: int | None = None, use_vmap: bool = False, config: Any = None, **__: Any
+) -> Tensor | None:
+    """In place of a mask: packed attention never looks across a border, so that the window is all it has to know.
+
+    Some models (Qwen2-MoE, PhiMoE) put their window in the mask and never name it to the attention function.  It
+    travels where the mask would: one whole number, in the shape of a mask.
+    """
+    if use_vmap:  # set by transformers where a model adds to the causal mask or takes from it
+        raise UnpackableError("the model's attention has a mask of its own")
+    if not local_size:
+        return None
+    if local_size == getattr(config, "attention_chunk_size", None):
+        raise UnpackableError(f"the model attends in chunks of {local_size} tokens")
+    return torch.full((1, 1, 1, 1), local_size)
+
+
+def _carries_window(mask: Tensor) -> bool:
+    """Masks proper are of truth values or of floats."""
+    return isinstance(mask, Tensor) and mask.shape == (1, 1, 1, 1) and mask.dtype == torch.int64
 
 
 AttentionInterface.register(NAME, _attend_stream)
-AttentionMaskInterface.register(NAME, _no_mask)
+AttentionMaskInterface.register(NAME, _window_alone)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ where they agree does the kernel stand in.  So a new model is served without a t
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -118,12 +119,27 @@ def _rotary_of(home: ModuleType) -> _Rotary | None:
 
 @torch.no_grad()
 def _stand_in(module: nn.Module) -> nn.Module | None:
-    if all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj")):
-        return _as_gated(module)
-    parameters = dict(module.named_parameters())
-    if parameters.keys() == {"weight"} and parameters["weight"].dim() == 1 and not list(module.children()):
-        return _as_norm(module, parameters["weight"])
+    if not _takes_one(module):
+        return None
+    try:
+        if all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj")):
+            return _as_gated(module)
+        parameters = dict(module.named_parameters())
+        if parameters.keys() == {"weight"} and parameters["weight"].dim() == 1 and not list(module.children()):
+            return _as_norm(module, parameters["weight"])
+    except Exception:  # another's module on a probe it was not made for: whatever it raises, it is not ours
+        return None
     return None
+
+
+def _takes_one(module: nn.Module) -> bool:
+    """Whether one tensor is all it can be given: a norm with a gate is a plain one on a probe without."""
+    try:
+        parameters = list(inspect.signature(module.forward).parameters.values())
+    except (TypeError, ValueError):
+        return False
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return len(parameters) == 1 and parameters[0].kind in positional
 
 
 def _as_norm(module: nn.Module, weight: Tensor) -> nn.Module | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from filelock import FileLock, Timeout
 
 from rankwise.errors import RunFolderError
@@ -44,8 +46,11 @@ class RunFolder:
         return any(self.checkpoints.glob("step-*")) or (self.path / _ADAPTER).exists()
 
     def write_event(self, event: dict[str, Any]) -> str | None:
-        """Appends one line to the metrics; a full disk loses the line, not the run, and its reason is given back."""
-        line = json.dumps(event, ensure_ascii=False, allow_nan=False) + "\n"
+        """Appends one line to the metrics; a full disk loses the line, not the run, and its reason is given back.
+
+        JSON has no NaN and no infinity: they are written as null.
+        """
+        line = json.dumps(_plain(event), ensure_ascii=False, allow_nan=False) + "\n"
         size = self.metrics_size()
         try:
             with self.metrics.open("a", encoding="utf-8") as file:
@@ -62,6 +67,16 @@ class RunFolder:
         """Takes back the lines written after a checkpoint, which a resumed run writes again."""
         if self.metrics_size() > size:
             os.truncate(self.metrics, size)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (np.generic, np.ndarray)):
+        return _plain(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager

@@ -6,6 +6,7 @@ model's logits are that head of its hidden states, through the model's own logit
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -23,13 +24,16 @@ from rankwise.data.stream import Stream
 from rankwise.engine.attention import UnpackableError, packed, streaming
 from rankwise.engine.blocks import fused_blocks
 from rankwise.engine.head import Shaping, frozen_head_loss, measured_losses, trained_head_loss
-from rankwise.errors import ModelError
+from rankwise.errors import ModelError, RankwiseWarning
 from rankwise.kernels.attention import Spans
 from rankwise.kernels.library import reclaim_memory_lazily
 from rankwise.surgery.bank import Bank
 from rankwise.surgery.layer import AdaptedLayer, Stand
+from rankwise.surgery.routing import Route
 
 Runs = Sequence[tuple[str | None, int]]  # adapter (None: the base) and how many documents it takes, in order
+
+_HINT = "train and evaluate take causal language models"
 
 # How far two correct ways through one model may lie apart, relative to the logits.
 _SAME = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 8e-2}
@@ -40,7 +44,6 @@ class Losses:
     """What a pass found: summed negative log-likelihood of the supervised tokens of each document, in nats."""
 
     documents: np.ndarray
-    total: float
 
 
 class Forward:
@@ -58,15 +61,18 @@ class Forward:
         if not isinstance(bank.model, PreTrainedModel) or bank.model.get_output_embeddings() is None:
             raise ModelError(
                 f"{type(bank.model).__name__} has no language-model head",
-                hint="train and evaluate take causal language models",
+                hint=_HINT,
             )
+        if bank.model.config.is_encoder_decoder:
+            raise ModelError(f"{type(bank.model).__name__} has an encoder beside its decoder", hint=_HINT)
         self.bank, self.model = bank, bank.model
         self.checkpointing = checkpointing
         self.layout: Literal["packed", "rows"] = "packed"
         self.reason = ""
         self.fused = 0
         self.shaping = Shaping.of(self.model.config.get_text_config())
-        self._own_logits = False
+        # Some wrappers name no base of theirs, and are given back as their own: what comes out is logits already.
+        self._own_logits = self.model.base_model is self.model
         self._held = ExitStack()
 
     def __enter__(self) -> Forward:
@@ -92,6 +98,10 @@ class Forward:
             self.reason = "documents see only themselves, no padding"
         except UnpackableError as refusal:
             self.layout, self.reason = "rows", str(refusal)
+        except (RuntimeError, TypeError, ValueError) as error:  # a model may break where it meets a packed stream
+            said = (str(error) or "no reason given").splitlines()[0]
+            self.layout, self.reason = "rows", f"a packed stream ends in a {type(error).__name__}: {said}"
+        if self.layout == "rows":
             self._prove_rows(want)
         if self.checkpointing:
             held.enter_context(_checkpointing(self.model))
@@ -172,7 +182,8 @@ class Forward:
         head = self.model.get_output_embeddings()
 
         def through(hidden: Tensor) -> Tensor:
-            with self.bank.use(name):
+            # The tick stays that of the pass: a block that is computed again must draw the same dropout masks.
+            with self.bank.router.set(Route.whole(name), self.bank.router.tick):
                 return self.shaping(head(hidden))
 
         return through
@@ -227,11 +238,15 @@ class _Probe:
         words = model.config.get_text_config().vocab_size
         documents = [np.random.default_rng(seed).integers(words, size=size) for seed, size in enumerate((7, 9))]
         rows = [torch.as_tensor(tokens, device=model.device).unsqueeze(0) for tokens in documents]
-        logits = [model(input_ids=row, use_cache=False).logits[0, :-1] for row in rows]
-        if not _agree([model(input_ids=rows[0][:, :4], use_cache=False).logits[0]], [logits[0][:4]]):
+        try:
+            logits = [model(input_ids=row, use_cache=False).logits[0, :-1] for row in rows]
+            start = model(input_ids=rows[0][:, :4], use_cache=False).logits[0]
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ModelError(f"{type(model).__name__} gives no logits for tokens alone: {error}", hint=_HINT) from error
+        if not _agree([start], [logits[0][:4]]):
             raise ModelError(
                 f"{type(model).__name__} is not causal: what a token predicts depends on what comes after it",
-                hint="train and evaluate take causal language models",
+                hint=_HINT,
             )
         return cls(documents, logits)
 
@@ -272,7 +287,7 @@ def _per_document(losses: Tensor, stream: Stream) -> Losses:
     each = losses.double().cpu().numpy()
     documents = np.zeros(len(stream.documents))
     np.add.at(documents, stream.owners, each)
-    return Losses(documents, float(each.sum()))
+    return Losses(documents)
 
 
 @contextmanager
@@ -307,6 +322,9 @@ def _checkpointing(model: nn.Module) -> Iterator[None]:
     transformers' own switch works in training mode only, where older models drop activations of the frozen base.
     """
     blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not blocks:
+        said = f"{type(model).__name__} has no blocks that can be computed again: checkpointing has no effect"
+        warnings.warn(said, RankwiseWarning, stacklevel=2)
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     try:

@@ -25,21 +25,26 @@ from rankwise.engine.folder import RunFolder
 from rankwise.engine.forward import Forward
 from rankwise.engine.interrupt import Interrupt, Interrupted
 from rankwise.engine.run import Loop, Run
-from rankwise.engine.state import Checkpoint, newest_checkpoint, save_checkpoint
+from rankwise.engine.state import Checkpoint, check_same, newest_checkpoint, save_checkpoint
 from rankwise.engine.trainee import Trainee
-from rankwise.errors import DataError, RunFolderError, TrainingError, listing
+from rankwise.errors import DataError, RunFolderError, SpecError, TrainingError, listing
 from rankwise.surgery.bank import Bank
 
 Observer = Callable[[dict[str, Any]], None]
 
 SKIPS_BEFORE_STOP = 5
 MICRO_TOKENS = {"cpu": 2048, "cuda": 8192}
+FAILED = ("diverged", "not finite")
+_STEPS_TO_BE_REACHED = 2
 _EVALUATIONS = 10  # a run, where the interval between them is left to us
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended for one adapter: `finished`, `early`, `diverged` or `not finite`."""
+    """How a run ended for one adapter: `finished`, `early`, `diverged` or `not finite`.
+
+    One that failed may have learnt before: it is left at its best validation loss, without one at its last good step.
+    """
 
     status: str
     steps: int
@@ -49,7 +54,7 @@ class Outcome:
 
     @property
     def failed(self) -> bool:
-        return self.status in ("diverged", "not finite")
+        return self.status in FAILED
 
 
 def train(
@@ -77,23 +82,37 @@ def train(
     Raises:
         DataError: no documents.
         RunFolderError: there is nothing to resume, or it is another run.
-        TrainingError: no adapter came through (diverged, or five steps in a row were not finite).
+        SpecError: `runs` is empty, or the model is in float16.
+        TrainingError: every adapter failed (diverged, or five steps in a row were not finite) before there was
+            anything to keep, or parameters were never reached by a gradient.
         Interrupted: SIGINT or SIGTERM; what was learnt has been saved to `out`.
     """
     if not len(data):
         raise DataError("there is nothing to learn from: no documents")
+    _check_can_learn(bank, runs)
     training = _Training(bank, runs, data, valid, loop or Loop(), out, observe)
     with training.forward, Interrupt() as interrupt:
         if resume:
             training.restore()
         training.go(interrupt)
     outcomes = training.outcomes()
-    if all(outcome.failed for outcome in outcomes.values()):
+    if not any(training.has_result(name) for name in outcomes):
         raise TrainingError(
             f"training failed:\n{listing(f'{name}: {outcome.status}' for name, outcome in outcomes.items())}",
             hint="lower the learning rate (a third is a good next try), or look at the rows named in the metrics",
         )
     return outcomes
+
+
+def _check_can_learn(bank: Bank, runs: Mapping[str, Run]) -> None:
+    if not runs:
+        raise SpecError("no adapter to train: `runs` is empty", hint="name each adapter with its Run")
+    if getattr(bank.model, "dtype", None) == torch.float16:
+        # Without loss scaling, of which there is none here, nearly all gradients of a step round to 0.
+        raise SpecError(
+            "a model in float16 is not trained: most of its gradients are too small for that format",
+            hint="load it in bfloat16 or float32; evaluating in float16 is allowed",
+        )
 
 
 class _Training:
@@ -114,12 +133,12 @@ class _Training:
         self.order = Order(self.lengths, loop.seed, loop.batch_tokens, loop.batch_documents)
         self.steps = loop.max_steps or self.order.steps(loop.epochs)
         device = bank.model.device.type
-        self.micro_tokens = (loop.micro_tokens or MICRO_TOKENS.get(device, 8192)) // len(runs)
+        self.micro_tokens = max(1, (loop.micro_tokens or MICRO_TOKENS.get(device, 8192)) // len(runs))
         self.evaluate_every = loop.evaluate_every or max(1, round(self.steps / _EVALUATIONS))
         self.save_every = loop.save_every or self.evaluate_every
         self.trainees = {name: Trainee(bank, name, run) for name, run in runs.items()}
         self.status = dict.fromkeys(runs, "learning")
-        self.done = 0
+        self.done = self.begun = 0  # steps; those made before this process
         self.judged = -1  # the step that was last judged
 
     # ── the course of a run ──────────────────────────────────────────────────────────────────────────────────────
@@ -192,6 +211,8 @@ class _Training:
             if trainee.guard.diverged:
                 self.stop(name, "diverged")
         self.done += 1
+        if self.done == min(self.begun + _STEPS_TO_BE_REACHED, self.steps):
+            self.check_reached(names)
 
     def gather(self, documents: np.ndarray, names: list[str], interrupt: Interrupt) -> dict[str, np.ndarray]:
         """Gradients of one step; the summed loss of each document, by adapter.
@@ -225,6 +246,9 @@ class _Training:
         tokens = self.valid.supervised_counts().sum()
         for name, row in zip(names, losses, strict=True):
             loss, trainee = float(row.sum() / tokens), self.trainees[name]
+            if not np.isfinite(loss):
+                self.stop(name, "diverged", message=f"the validation loss is {loss}")
+                continue
             best = self.done > 0 and trainee.judge(loss, self.done)
             self.tell(
                 {
@@ -252,9 +276,18 @@ class _Training:
         if guard.in_a_row >= SKIPS_BEFORE_STOP:
             self.stop(name, "not finite")
 
-    def stop(self, name: str, status: str) -> None:
+    def stop(self, name: str, status: str, **why: str) -> None:
         self.status[name] = status
-        self.tell({"kind": "event", "what": status, "step": self.done, "adapter": name})
+        self.tell({"kind": "event", "what": status, "step": self.done, "adapter": name, **why})
+
+    def check_reached(self, names: list[str]) -> None:
+        """A site that is never called would be saved as it began, and the run would look like a success."""
+        unreached = [f"{name}: {path}" for name in names for path in self.trainees[name].unreached]
+        if unreached:
+            raise TrainingError(
+                f"{len(unreached)} parameters train nothing, no gradient has reached them:\n{listing(unreached)}",
+                hint="leave their modules out of the adapter's targets",
+            )
 
     def tell(self, event: dict[str, Any]) -> None:
         """For the record and for whoever looks on."""
@@ -302,8 +335,8 @@ class _Training:
             self.tell({"kind": "event", "what": "stopped before its first checkpoint, begun again", "step": 0})
             return
         checkpoint, problems = newest_checkpoint(self.folder.checkpoints)
-        _check_same(checkpoint.numbers["identity"], self.identity())
-        self.status, self.done = checkpoint.numbers["status"], checkpoint.step
+        check_same(checkpoint.numbers["identity"], self.identity())
+        self.status, self.done, self.begun = checkpoint.numbers["status"], checkpoint.step, checkpoint.step
         self.judged = checkpoint.numbers["judged"]
         if self.folder.complete and (self.done >= self.steps or not self.active):
             raise RunFolderError(
@@ -339,6 +372,12 @@ class _Training:
             },
         }
 
+    def has_result(self, name: str) -> bool:
+        """Whether there is anything to keep: it came through, or had a finite validation or step before it failed."""
+        trainee = self.trainees[name]
+        failed = self.status[name] in FAILED
+        return not failed or trainee.best is not None or trainee.guard.first is not None
+
     def outcomes(self) -> dict[str, Outcome]:
         found = {}
         for name, trainee in self.trainees.items():
@@ -351,19 +390,3 @@ class _Training:
                 skipped=trainee.guard.skipped,
             )
         return found
-
-
-def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> None:
-    different = [f"{name}: was {old!r}, is {new!r}" for name, old, new in _differences(before, now)]
-    if different:
-        raise RunFolderError(
-            f"the checkpoint belongs to a run with other settings:\n{listing(different)}",
-            hint="resume with the same command; to change settings, train further with --continue-from",
-        )
-
-
-def _differences(before: Any, now: Any, path: str = "") -> list[tuple[str, Any, Any]]:
-    if isinstance(before, Mapping) and isinstance(now, Mapping):
-        keys = dict.fromkeys([*before, *now])
-        return [d for k in keys for d in _differences(before.get(k), now.get(k), f"{path}.{k}" if path else str(k))]
-    return [] if before == now else [(path, before, now)]

@@ -26,10 +26,6 @@ class Difference:
     high: float
     confidence: float
 
-    @property
-    def excludes_zero(self) -> bool:
-        return self.low > 0 or self.high < 0
-
 
 def paired_difference(
     first: np.ndarray, second: np.ndarray, tokens: np.ndarray, confidence: float = 0.95, seed: int = 0

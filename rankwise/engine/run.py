@@ -53,7 +53,7 @@ class Loop(Settings):
         batch_documents: or, documents of one optimiser step, whatever their length.
         micro_tokens: tokens that go through the model at once; a step is cut into as many such pieces as it takes,
             with the same result; 0 chooses by device.
-        seed: of the adapter's start, the order of documents, and dropout.
+        seed: of the order of documents; an adapter's start and dropout have the seed that it was added with.
         evaluate_every: steps between evaluations on the validation documents; 0 chooses about ten a run.
         save_every: steps between checkpoints; 0 saves at every evaluation.
         patience: stop after so many evaluations without a new best; 0 never stops early.

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rankwise.errors import RunFolderError
+from rankwise.errors import RunFolderError, listing
 
 SCHEMA = 1
 _MANIFEST, _NUMBERS = "manifest.json", "state.json"
@@ -94,6 +94,27 @@ def newest_checkpoint(parent: Path) -> tuple[Checkpoint, list[str]]:
         problems.append(problem)
     found = "; ".join(problems) or "there is none"
     raise RunFolderError(f"{parent}: no checkpoint to resume from: {found}", hint="begin again with another --out")
+
+
+def check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """That a checkpoint is of the run that wants to go on from it.
+
+    Raises:
+        RunFolderError: it is not; every setting that differs is listed.
+    """
+    different = [f"{name}: was {old!r}, is {new!r}" for name, old, new in _differences(before, now)]
+    if different:
+        raise RunFolderError(
+            f"the checkpoint belongs to a run with other settings:\n{listing(different)}",
+            hint="resume with the same command; to change settings, train further with --continue-from",
+        )
+
+
+def _differences(before: Any, now: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        keys = dict.fromkeys([*before, *now])
+        return [d for k in keys for d in _differences(before.get(k), now.get(k), f"{path}.{k}" if path else str(k))]
+    return [] if before == now else [(path, before, now)]
 
 
 def _places(parent: Path) -> list[Path]:

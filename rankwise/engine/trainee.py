@@ -66,6 +66,7 @@ class Trainee:
         self.parameters: dict[str, nn.Parameter] = dict(bank.named_parameters(name))
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
+            parameter.grad = None  # one that stays so was never reached
         self.optimiser = torch.optim.AdamW(
             list(self.parameters.values()),
             lr=run.lr,
@@ -91,8 +92,20 @@ class Trainee:
         self.forget()
         return norm if finite else None
 
+    @property
+    def unreached(self) -> list[str]:
+        """Parameters that no micro-batch has given a gradient, not even one of 0.
+
+        Experts are left out: which of them are asked depends on the tokens, and a rare one may be asked later.
+        """
+        return [
+            name
+            for name, parameter in self.parameters.items()
+            if parameter.grad is None and "experts" not in name.split(".")
+        ]
+
     def forget(self) -> None:
-        """Drops the gradients."""
+        """Sets the gradients to 0; one that never came stays None."""
         self.optimiser.zero_grad(set_to_none=False)
 
     def judge(self, loss: float, step: int) -> bool:

@@ -54,6 +54,30 @@ def load_base(name: str | Path, *, dtype: str = "auto", device: str = "auto") ->
     return Base(source, model.to(place).eval(), tokenizer, place, precision, stored)
 
 
+def read_config(name: str | Path) -> Any:
+    """A model's config, by transformers' own class for it.  Code in a repository is never run.
+
+    Raises:
+        ModelError: it cannot be found or read, or needs code of its own; says the way out.
+    """
+    return _read(_source(name), "config", AutoConfig)
+
+
+def read_outline(name: str | Path) -> Any:
+    """The causal language model that a config describes, on the meta device: without memory for its weights.
+
+    Raises:
+        ModelError: as `read_config`, or no such model can be built from it.
+    """
+    source, config = _source(name), read_config(name)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # numbers that make no sense raise whatever the model's own code trips over
+        reason = _first_line(error)
+        raise ModelError(f"{source}: its config makes no model: {reason}", hint=_way_out(source)) from error
+
+
 def _read_weights(source: str, config: Any, dtype: torch.dtype) -> Any:
     """The model; where a weight is missing or has another shape, transformers would go on with random numbers."""
     wanted = {"config": config, "dtype": dtype, "use_safetensors": True}
@@ -69,7 +93,8 @@ def _read_weights(source: str, config: Any, dtype: torch.dtype) -> Any:
 def _source(name: str | Path) -> str:
     path = Path(name).expanduser()
     if path.is_dir():
-        return str(path)
+        # Absolute: "models/llama" could be a repository's name, and a record must not be taken for one.
+        return str(path.resolve())
     if path.is_absolute() or str(name).startswith((".", "~")):
         raise ModelError(f"{name}: no such folder", hint="give the folder that holds config.json")
     return str(name)

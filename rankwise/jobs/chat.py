@@ -11,6 +11,7 @@ from rankwise.engine.generate import answer
 from rankwise.errors import DataError
 from rankwise.frozen.load import load_base
 from rankwise.jobs.evaluate import load_adapter
+from rankwise.jobs.samples import stops_of
 from rankwise.jobs.watch import Watch
 from rankwise.surgery.bank import Bank
 
@@ -61,7 +62,7 @@ class Chat:
             self.name,
             self.base.tokenizer,
             self.template.generation_prompt(messages),
-            stops=self.template.stops,
+            stops=stops_of(self.template, self.base.model),
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
             say=say,

@@ -48,8 +48,10 @@ def read_documents(request: TrainRequest, template: Template, watch: Watch) -> D
     if request.valid is None:
         share = min(_HELD_BACK, _HELD_BACK_AT_MOST / len(found.corpus))
         train_on, valid = split(found.corpus, share=max(share, 2 / max(4, len(found.corpus))), seed=request.seed)
+        # What was cut or dropped was so before the split: it is counted once, with the part that is trained on.
+        none = {"truncated": 0, "dropped": {}, "unused": {}, "held_back": True}
+        parts["valid"] = parts["train"] | _counts(valid) | none
         parts["train"] |= _counts(train_on)
-        parts["valid"] = parts["train"] | _counts(valid)
     else:
         held = read(request.valid, "reading the validation documents")
         train_on, valid, parts["valid"] = found.corpus, held.corpus, held.report.to_json()
@@ -73,5 +75,5 @@ def _counts(corpus: Corpus) -> dict[str, int]:
 
 def _facts(report: dict[str, Any]) -> dict[str, Any]:
     files = [{"path": path, "sha256": digest} for path, digest in report["files"].items()]
-    kept = ("documents", "tokens", "supervised", "truncated", "dropped")
-    return {"files": files, **{name: report[name] for name in kept}}
+    kept = ("documents", "tokens", "supervised", "truncated", "dropped", "unused", "held_back")
+    return {"files": files, **{name: report[name] for name in kept if name in report}}

@@ -7,13 +7,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
-
 from rankwise.adapters.presets import TARGET_ROLES
 from rankwise.errors import ModelError
 from rankwise.formats.peft import CONFIG, read_adapter
 from rankwise.formats.record import read_record
+from rankwise.frozen.load import read_outline
 from rankwise.surgery.sites import find_sites
 
 
@@ -62,13 +60,10 @@ def _named_base(folder: Path) -> dict[str, Any] | None:
 def _model(source: str) -> dict[str, Any]:
     """From the config alone: the model is built without memory for its weights."""
     try:
-        config = AutoConfig.from_pretrained(source)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        model = read_outline(source)
+    except ModelError as error:
         raise ModelError(
-            f"{source}: neither an adapter's folder nor a model that can be read: {first}",
+            f"{source}: neither an adapter's folder nor a model that can be read: {error.message}",
             hint=f"an adapter's folder holds {CONFIG}, a model's config.json",
         ) from None
     sites = find_sites(model)

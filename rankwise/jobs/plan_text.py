@@ -10,6 +10,7 @@ from rankwise.frozen.load import Base
 from rankwise.jobs.documents import Documents
 from rankwise.jobs.request import TrainRequest
 from rankwise.surgery.bank import Bank
+from rankwise.texts import plain
 
 _SHOWN_TOKENS = 160
 
@@ -20,7 +21,7 @@ def plan_text(request: TrainRequest, base: Base, bank: Bank, documents: Document
     kinds = Counter((path.rsplit(".", 1)[-1], f.rank, f.scale) for path, f in adapter.sites.items())
     size = sum(parameter.numel() for parameter in base.model.parameters()) - adapter.parameter_count()
     lines = [
-        f"[bold]base[/bold]      {_plain(base.name)}: {size / 1e6:,.1f} M parameters, "
+        f"[bold]base[/bold]      {plain(base.name)}: {size / 1e6:,.1f} M parameters, "
         f"{str(base.precision.dtype).removeprefix('torch.')} ({base.precision.reason}), {base.device}",
         f"[bold]adapter[/bold]   {adapter.parameter_count() / 1e6:,.2f} M parameters "
         f"({adapter.parameter_count() / size:.2%} of the base), alpha {adapter.spec.alpha:g}, {adapter.spec.scaling}",
@@ -29,7 +30,7 @@ def plan_text(request: TrainRequest, base: Base, bank: Bank, documents: Document
             for (leaf, rank, scale), count in kinds.items()
         ),
         *(f"            {path}: trained whole" for path in adapter.modules),
-        *(f"[bold]{name:9}[/bold] {_counted(facts)}" for name, facts in documents.facts.items()),
+        *(f"[bold]{name:9}[/bold] {_counted(name, documents.facts)}" for name in documents.facts),
         "[bold]settings[/bold]",
         *(f"  {row['name']:15} {_shown(row['value']):14} [dim]{row['reason']}[/dim]" for row in request.table()),
         "[bold]one row as it is trained[/bold] (trained tokens highlighted)",
@@ -38,13 +39,22 @@ def plan_text(request: TrainRequest, base: Base, bank: Bank, documents: Document
     return "\n".join(lines)
 
 
-def _counted(facts: dict[str, Any]) -> str:
+def _counted(name: str, all_facts: dict[str, dict[str, Any]]) -> str:
+    facts = all_facts[name]
     text = f"{facts['documents']:,} documents, {facts['tokens']:,} tokens, {facts['supervised']:,} of them supervised"
-    if facts["truncated"]:
-        text += f"; {facts['truncated']:,} cut to length"
-    for reason, count in facts["dropped"].items():
-        text += f"; {count:,} dropped: {reason}"
-    return text
+    if facts.get("held_back"):
+        return f"{text}; held back from the same files"
+    lost = left_out(facts)
+    both = name == "train" and all_facts.get("valid", {}).get("held_back")
+    return "; ".join([text, *(["before the split:"] if both and lost else []), *lost]).replace(":; ", ": ")
+
+
+def left_out(facts: dict[str, Any]) -> list[str]:
+    """What of the rows is not learnt from or measured, and how much, each in a few words of rich markup."""
+    cut = [f"{facts['truncated']:,} cut to length"] if facts["truncated"] else []
+    dropped = [f"{count:,} dropped: {plain(reason)}" for reason, count in facts["dropped"].items()]
+    unused = [f"field {plain(repr(field))} of {count:,} rows is not used" for field, count in facts["unused"].items()]
+    return [*cut, *dropped, *unused]
 
 
 def _row(documents: Documents, template: Template) -> str:
@@ -52,16 +62,11 @@ def _row(documents: Documents, template: Template) -> str:
     first = max(0, int(mask.argmax()) - _SHOWN_TOKENS // 2)
     shown = slice(first, first + _SHOWN_TOKENS)
     pieces = template.marked(tokens[shown], mask[shown])
-    text = "".join(f"[black on green]{_plain(t)}[/]" if trained else _plain(t) for t, trained in pieces)
+    text = "".join(f"[black on green]{plain(t)}[/]" if trained else plain(t) for t, trained in pieces)
     return ("… " if first else "") + text + (" …" if shown.stop < len(tokens) else "")
 
 
 def _shown(value: Any) -> str:
     if value is None or value in ([], {}):
         return "-"
-    return _plain(", ".join(map(str, value)) if isinstance(value, list) else str(value))
-
-
-def _plain(text: str) -> str:
-    """Text as it is: what looks like markup is not."""
-    return text.replace("[", r"\[")
+    return plain(", ".join(map(str, value)) if isinstance(value, list) else str(value))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from os.path import expanduser
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -53,6 +54,16 @@ def _of_spec(targets: str | tuple[str, ...]) -> str | tuple[str, ...]:
     return targets.removeprefix("re:") if isinstance(targets, str) else targets
 
 
+def _at_home(value: Any) -> Any:
+    """`~` as the home folder: a file or an option written `--data=~/x` never met a shell that would say so."""
+    if isinstance(value, tuple):
+        return tuple(_at_home(one) for one in value)
+    if isinstance(value, Path):
+        return value.expanduser()
+    return expanduser(value) if isinstance(value, str) else value
+
+
+Place = Annotated[str | None, AfterValidator(_at_home)]
 Repeated = Annotated[tuple[str, ...], BeforeValidator(_one_or_many)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_by_commas)]
 
@@ -70,11 +81,11 @@ class TrainRequest(Settings):
     """
 
     model: str
-    data: Repeated = Field(min_length=1)
-    out: Path
-    valid: str | None = _default(None, "a twentieth of the documents, at most 500, is set aside")
-    test: str | None = _default(None, "the comparison with the base is made on the validation documents")
-    continue_from: Path | None = _default(None, "a fresh adapter")
+    data: Annotated[Repeated, AfterValidator(_at_home)] = Field(min_length=1)
+    out: Annotated[Path, AfterValidator(_at_home)]
+    valid: Place = _default(None, "a twentieth of the documents, at most 500, is set aside")
+    test: Place = _default(None, "the comparison with the base is made on the validation documents")
+    continue_from: Annotated[Path | None, AfterValidator(_at_home)] = _default(None, "a fresh adapter")
     resume: bool = _default(False, "a new run")
     force: bool = _default(False, "an adapter of another base or chat template is refused")
 
@@ -117,7 +128,12 @@ class TrainRequest(Settings):
     def _on_scenario(cls, values: dict[str, Any]) -> dict[str, Any]:
         """The settings of a scenario stand under those that were given."""
         chosen = SCENARIOS.get(str(values.get("scenario")))
-        return {name: getattr(chosen, name) for name in _OF_SCENARIO if chosen} | values
+        if chosen is None:
+            return values
+        stands = {name: getattr(chosen, name) for name in _OF_SCENARIO}
+        if str(values.get("rank", chosen.rank)) != str(chosen.rank):
+            del stands["alpha"]  # it is twice the scenario's rank, and means nothing beside another
+        return stands | values
 
     @model_validator(mode="after")
     def _makes_sense(self) -> TrainRequest:

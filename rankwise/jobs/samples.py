@@ -16,23 +16,30 @@ SAMPLES = 3
 _LONGEST_PROMPT, _LONGEST_ANSWER = 1024, 96
 
 
+def stops_of(template: Template, model: Any) -> tuple[int, ...]:
+    """Tokens at which an answer is over: the template's, and those that the model itself names."""
+    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    own = [named] if isinstance(named, int) else list(named or ())
+    return tuple(dict.fromkeys([*template.stops, *own]))
+
+
 def sample_answers(
     bank: Bank, name: str, tokenizer: Any, template: Template, corpus: Corpus, advance: Advance
 ) -> list[dict[str, str]]:
-    """`prompt`, `reference`, `before` and `after` for documents spread over the corpus: first answers, greedy."""
+    """`prompt`, `reference`, `before` and `after`: first answers, in documents spread over those whose prompt fits."""
     found: list[dict[str, str]] = []
-    wanted = min(SAMPLES, len(corpus))
-    for i in np.linspace(0, len(corpus) - 1, wanted).round().astype(int):
-        tokens, mask = corpus.document(int(i))
+    fitting = [i for i in range(len(corpus)) if 0 < int(corpus.document(i)[1].argmax()) <= _LONGEST_PROMPT]
+    wanted = min(SAMPLES, len(fitting))
+    stops = stops_of(template, bank.model)
+    for place in np.linspace(0, len(fitting) - 1, wanted).round().astype(int):
+        tokens, mask = corpus.document(fitting[place])
         begin = int(mask.argmax())
         end = begin + int(np.argmin(np.append(mask[begin:], False)))
-        if begin == 0 or begin > _LONGEST_PROMPT:
-            continue
         prompt, reference = tokens[:begin].tolist(), tokens[begin:end].tolist()
         answers = []
         for which in (None, name):
             limit = min(_LONGEST_ANSWER, 2 * len(reference) + 16)
-            answers.append(answer(bank, which, tokenizer, prompt, stops=template.stops, max_new_tokens=limit))
+            answers.append(answer(bank, which, tokenizer, prompt, stops=stops, max_new_tokens=limit))
             advance((len(found) + len(answers) / 2) / wanted)
         texts = [tokenizer.decode(part, skip_special_tokens=True).strip() for part in (prompt, reference)]
         found.append(

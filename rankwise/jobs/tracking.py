@@ -26,6 +26,7 @@ def tracked(
     if not names:
         yield lambda event: None
         return
+    check_trackers(names)
     trackers = [_start(name, out, {row["name"]: str(row["value"]) for row in settings}) for name in names]
 
     def tell(event: dict[str, Any]) -> None:
@@ -43,16 +44,31 @@ def tracked(
             tracker.finish()
 
 
-def _start(name: str, out: Path, settings: dict[str, str]) -> Any:
+def check_trackers(names: Sequence[str]) -> None:
+    """Nothing, when each of these trackers is there.
+
+    Raises:
+        SpecError: accelerate knows no such tracker.
+        MissingPackageError: accelerate, or a tracker's own package, is not installed.
+    """
+    if not names:
+        return
     if importlib.util.find_spec("accelerate") is None:
         raise MissingPackageError("--track needs accelerate", hint="pip install 'rankwise[track]'")
-    from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
-    if name not in LOGGER_TYPE_TO_CLASS:
-        raise SpecError(f"no tracker {name!r}", hint=f"one of {', '.join(LOGGER_TYPE_TO_CLASS)}")
-    if name not in [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]:
-        raise MissingPackageError(f"tracker {name!r} is not installed", hint=f"pip install {name}")
+    there = [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise SpecError(f"no tracker {name!r}", hint=f"one of {', '.join(LOGGER_TYPE_TO_CLASS)}")
+        if name not in there:
+            raise MissingPackageError(f"tracker {name!r} is not installed", hint=f"pip install {name}")
+
+
+def _start(name: str, out: Path, settings: dict[str, str]) -> Any:
+    from accelerate import PartialState
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
     PartialState()
     kind = LOGGER_TYPE_TO_CLASS[name]
     tracker = kind(out.name, logging_dir=str(out / "tracking")) if kind.requires_logging_directory else kind(out.name)

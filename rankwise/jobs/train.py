@@ -13,34 +13,39 @@ from __future__ import annotations
 import json
 import resource
 import signal
+import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 from rankwise.data.rows import is_file
 from rankwise.data.template import Template
-from rankwise.engine.evaluate import Evaluation, evaluate
+from rankwise.engine.evaluate import Evaluation
 from rankwise.engine.folder import RunFolder, held_folder
 from rankwise.engine.interrupt import Interrupted
 from rankwise.engine.loop import Outcome, train
 from rankwise.engine.run import Loop, Run
+from rankwise.errors import DataError, RankwiseWarning
 from rankwise.formats.tensors import write_text
 from rankwise.frozen.load import Base, load_base
 from rankwise.jobs.documents import Documents, read_documents
-from rankwise.jobs.evaluate import load_adapter
+from rankwise.jobs.evaluate import evaluate_finite, load_adapter
 from rankwise.jobs.machine import machine_facts, versions
 from rankwise.jobs.plan_text import plan_text
 from rankwise.jobs.request import TrainRequest
 from rankwise.jobs.samples import sample_answers
-from rankwise.jobs.tracking import tracked
-from rankwise.jobs.watch import Watch
+from rankwise.jobs.tracking import check_trackers, tracked
+from rankwise.jobs.watch import Advance, Watch
 from rankwise.reports.card import write_card
 from rankwise.reports.page import write_report
 from rankwise.reports.reader import read_run
-from rankwise.reports.verdict import judge
+from rankwise.reports.verdict import judge, stop
 from rankwise.surgery.bank import Bank
+from rankwise.texts import json_text
 
 ADAPTER = "adapter"
+_MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kibibytes
 
 
 def run_training(request: TrainRequest, watch: Watch) -> dict[str, Any]:
@@ -53,13 +58,13 @@ def run_training(request: TrainRequest, watch: Watch) -> dict[str, Any]:
     try:
         with held_folder(request.out, resume=request.resume) as folder:
             return _run(request, folder, watch)
-    except Interrupted as stop:
-        stop.way_on = _way_on(request, "last whole step")
+    except Interrupted as heard:
+        heard.way_on = _way_on(request, "last whole step")
         raise
     except KeyboardInterrupt:  # the second Ctrl-C did not wait for that
-        stop = Interrupted(signal.SIGINT)
-        stop.way_on = _way_on(request, "last checkpoint")
-        raise stop from None
+        at_once = Interrupted(signal.SIGINT)
+        at_once.way_on = _way_on(request, "last checkpoint")
+        raise at_once from None
 
 
 def _way_on(request: TrainRequest, saved: str) -> str:
@@ -71,6 +76,7 @@ def _way_on(request: TrainRequest, saved: str) -> str:
 def _run(request: TrainRequest, folder: RunFolder, watch: Watch) -> dict[str, Any]:
     for source in (*request.data, *filter(None, (request.valid, request.test))):
         is_file(source)  # one that is missing is found out before a model is loaded
+    check_trackers(request.track)
     with watch.stage(f"loading {request.model}"):
         base = load_base(request.model, dtype=request.dtype, device=request.device)
     template = Template(base.tokenizer, request.train_on)
@@ -84,9 +90,15 @@ def _run(request: TrainRequest, folder: RunFolder, watch: Watch) -> dict[str, An
         began = time.monotonic()
         outcome = _train(bank, request, documents, folder, watch)
         facts = _facts(request, base, documents, template) | {
-            "training": _training_facts(folder, outcome, time.monotonic() - began)
+            "training": _training_facts(folder, outcome, time.monotonic() - began, len(documents.train.tokens))
         }
         bank.save(ADAPTER, request.out, facts)
+        if outcome.failed:
+            warnings.warn(
+                f"training {stop(outcome.status)}; the adapter is that of step {outcome.best_step}, the best before it",
+                RankwiseWarning,
+                stacklevel=2,
+            )
         return _finish(bank, base, template, request, documents, facts, watch)
 
 
@@ -124,19 +136,19 @@ def _facts(request: TrainRequest, base: Base, documents: Documents, template: Te
     }
 
 
-def _training_facts(folder: RunFolder, outcome: Outcome, seconds: float) -> dict[str, Any]:
+def _training_facts(folder: RunFolder, outcome: Outcome, seconds: float, epoch_tokens: int) -> dict[str, Any]:
     """Counted from the metrics, so that a resumed run counts what went before."""
     lines = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
     steps = [line for line in lines if line["kind"] == "step"]
     tokens, busy = sum(s["tokens"] for s in steps), sum(s["seconds"] for s in steps)
     return {
         "steps": outcome.steps,
-        "epochs": steps[-1]["epoch"] + 1 if steps else 0,
+        "epochs": tokens / epoch_tokens,
         "tokens": tokens,
         "supervised": sum(s["supervised"] for s in steps),
         "seconds": max(seconds, busy),  # of a resumed run's first part the steps alone are known
         "tokens_per_second": tokens / busy if busy else 0.0,
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT,
         "stopped": outcome.status,
         "best_step": outcome.best_step,
         "skipped_steps": outcome.skipped,
@@ -156,7 +168,8 @@ def _finish(
     found: Evaluation | None = None
     if len(documents.test) > 1:
         with watch.stage("comparing with the base") as advance:
-            found = evaluate(bank, [ADAPTER], documents.test, progress=lambda done, of: advance(done / of))
+            found = _compared(bank, documents, advance)
+    if found is not None:
         _write_json(request.out / "evaluation.json", found.record())
     with watch.stage("answering samples") as advance:
         samples = sample_answers(bank, ADAPTER, base.tokenizer, template, documents.test, advance)
@@ -174,5 +187,14 @@ def _finish(
     }
 
 
+def _compared(bank: Bank, documents: Documents, advance: Advance) -> Evaluation | None:
+    """The comparison, or a warning in its place: what was learnt is saved, so this must not end the run."""
+    try:
+        return evaluate_finite(bank, [ADAPTER], documents.test, advance)
+    except DataError as error:
+        warnings.warn(f"not compared with the base: {error.message}", RankwiseWarning, stacklevel=2)
+        return None
+
+
 def _write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+    write_text(path, json_text(value, indent=1) + "\n")

@@ -54,10 +54,19 @@ def attend(
     Returns:
         `[N, H, D]`.
     """
-    width = q.shape[-1]
-    if serves(q, k, v) and not softcap and width % 16 == 0 and all(x.stride(2) == 1 for x in (q, k, v)):
+    if serves(q, k, v) and not softcap and _alike(q, k, v):
         return _NativeAttention.apply(q, k, v, spans, scale, window)
     return torch.cat([_attend_alone(q[a:b], k[a:b], v[a:b], scale, window, softcap) for a, b in spans.pairs])
+
+
+def _alike(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the C side, which is told one shape for all, reads these within their bounds.
+
+    Latent attention (DeepSeek's MLA) has values of another width than its keys.
+    """
+    shared = q.shape[0] == k.shape[0] and k.shape == v.shape and q.shape[1] % k.shape[1] == 0
+    same = q.shape[2] == k.shape[2] and q.shape[2] % 16 == 0
+    return shared and same and all(x.stride(2) == 1 for x in (q, k, v))
 
 
 def _attend_alone(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softcap: float) -> Tensor:

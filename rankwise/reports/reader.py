@@ -51,7 +51,8 @@ def read_run(folder: Path) -> Run:
     if problems or record is None:
         raise RunFolderError(
             f"{folder}: this run cannot be read:\n{listing(problems)}",
-            hint="a run's folder is what `rankwise train --out` wrote; evaluate again to renew evaluation.json",
+            hint="a run's folder is what `rankwise train --out` wrote; evaluation.json comes with two or more "
+            "validation documents",
         )
     events = tuple(line for line in lines if isinstance(line, Event))
     return Run(folder, record, _curves(lines), events, evaluation, samples or ())

@@ -75,12 +75,20 @@ class Split:
     supervised: NonNegativeInt
     truncated: NonNegativeInt = 0
     dropped: dict[str, NonNegativeInt] = field(default_factory=dict)
+    held_back: bool = False  # a part of the training files; what was cut or dropped is counted with them
 
 
 @dataclass(frozen=True)
 class Data:
     train: Split
     valid: Split | None = None
+    test: Split | None = None
+
+    @property
+    def splits(self) -> list[tuple[str, Split]]:
+        """Those that there are, under the names that pages give them."""
+        named = (("training", self.train), ("validation", self.valid), ("test", self.test))
+        return [(name, split) for name, split in named if split is not None]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from rankwise.reports.numbers import counted, decimal, decimals_for, percent, perplexity, signed
+from rankwise.reports.numbers import count, counted, decimal, decimals_for, percent, perplexity, signed
 from rankwise.reports.paired import pair
 from rankwise.reports.run import AdapterLoss, Evaluation, Run
 
@@ -37,7 +37,17 @@ def judge(run: Run) -> Verdict:
         return _unmeasured(run)
     adapter = run.evaluation.adapters[0]
     kind = judge_adapter(run.evaluation, adapter)
-    return Verdict(kind, _sentence(run.evaluation, adapter, kind), tuple(_caveats(run, run.evaluation)))
+    sentence = _failure(run) + _sentence(run.evaluation, adapter, kind)
+    return Verdict(kind, sentence, tuple(_caveats(run, run.evaluation)))
+
+
+def _failure(run: Run) -> str:
+    """What comes before anything else is said: the adapter is that of a training that went wrong."""
+    training = run.record.training
+    if training is None or training.stopped not in ("diverged", "not finite"):
+        return ""
+    best = f"; the adapter is that of step {count(training.best_step)}" if training.best_step is not None else ""
+    return f"Training {stop(training.stopped)} after {counted(training.steps, 'step')}{best}. "
 
 
 def judge_adapter(evaluation: Evaluation, adapter: AdapterLoss) -> Kind:
@@ -87,14 +97,25 @@ def _caveats(run: Run, evaluation: Evaluation) -> list[str]:
             f"{FEW_DOCUMENTS} or more make it trustworthy."
         )
     valid = run.record.data.valid if run.record.data else None
-    looks = max((len(curve.validations) for curve in run.curves.values()), default=0)
+    # Step 0 is the untrained adapter: it is looked at, but there is nothing to choose yet.
+    looks = max((sum(look.step > 0 for look in curve.validations) for curve in run.curves.values()), default=0)
     chosen = run.record.training is not None and run.record.training.best_step is not None
-    if chosen and looks > 1 and valid and valid.documents == evaluation.documents:
+    if chosen and looks > 1 and valid and run.record.data and run.record.data.test is None:
         caveats.append(
-            f"The evaluation counts as many documents as the validation set. If they are the same, they also chose the "
-            f"best of {looks} checkpoints, which makes the figure slightly too kind."
+            f"The comparison was made on the validation documents, which also chose the best of {looks} checkpoints: "
+            f"that makes the figure slightly too kind. Documents of their own (--test) would not."
         )
-    return caveats + _skipped(run)
+    return caveats + _further(run) + _skipped(run)
+
+
+def _further(run: Run) -> list[str]:
+    """An adapter that was trained before may know documents that this run held back."""
+    further = any(setting.name == "continue_from" and setting.value is not None for setting in run.record.settings)
+    caveat = (
+        "An adapter was trained further (--continue-from): documents that this run held back may have been learnt "
+        "before, which would make the figure too kind."
+    )
+    return [caveat] if further else []
 
 
 def _skipped(run: Run) -> list[str]:
@@ -106,5 +127,8 @@ def _unmeasured(run: Run) -> Verdict:
     training = run.record.training
     ending = f"; training {stop(training.stopped)} after {counted(training.steps, 'step')}" if training else ""
     sentence = f"Not compared with the base: this folder holds no evaluation{ending}."
-    caveat = "Whether the adapter helps on unseen documents is not known until rankwise evaluate has measured it."
+    caveat = (
+        "Whether the adapter helps on unseen documents is not known: rankwise train measures that when it has two or "
+        "more validation documents."
+    )
     return Verdict("unmeasured", sentence, (caveat, *_skipped(run)))

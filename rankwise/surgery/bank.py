@@ -26,7 +26,7 @@ from rankwise.formats.peft import read_adapter, write_adapter
 from rankwise.formats.record import check_base, describe, read_record, write_record
 from rankwise.frozen.fingerprint import fingerprint
 from rankwise.surgery.binding import check_fits
-from rankwise.surgery.layer import AdaptedLayer, CopiedLayer, Stand, key_of
+from rankwise.surgery.layer import AdaptedLayer, CopiedLayer, Stand
 from rankwise.surgery.merge import Merged, MergeReport
 from rankwise.surgery.routing import Route, Router
 from rankwise.surgery.sites import Site, choose_modules, choose_sites, find_sites
@@ -86,7 +86,19 @@ class Bank:
     @cached_property
     def base_fingerprint(self) -> str:
         """Of the base alone, whatever adapters it holds."""
-        return fingerprint(self.model.named_parameters())
+        return fingerprint(self._parameters.items())
+
+    @cached_property
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        """The base's own parameters, by the names they have in the clean model."""
+        return dict(self.model.named_parameters())
+
+    def _fingerprint_beside(self, modules: Iterable[str]) -> str:
+        """Of the base without modules that an adapter brings along: a fresh head does not make another base."""
+        brought = tuple(f"{path}." for path in modules)
+        if not brought:
+            return self.base_fingerprint
+        return fingerprint((name, p) for name, p in self._parameters.items() if not name.startswith(brought))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -124,7 +136,7 @@ class Bank:
             TargetError: the spec's targets or patterns match nothing.
         """
         chosen = choose_sites(spec, self.sites, tuple(self.modules))
-        copied = choose_modules(spec.modules_to_save, chosen, tuple(self.modules))
+        copied = choose_modules(spec.modules_to_save, chosen, self.modules)
         factors = {}
         for site in chosen:
             generator = torch.Generator().manual_seed(mixed(seed, crc32(site.path.encode())))
@@ -158,7 +170,7 @@ class Bank:
         folder = Path(folder)
         adapter = read_adapter(folder)
         if not force:
-            check_base(read_record(folder), self.base_fingerprint, folder)
+            self._check_base(folder, adapter)
         self.put(name, adapter)
         if not adapter.modules and not any(factors.delta_norm() for factors in adapter.sites.values()):
             warnings.warn(f"{folder}: ΔW is zero at every site; the adapter changes nothing", RankwiseWarning, 2)
@@ -173,22 +185,38 @@ class Bank:
         kinds = {path: self.sites[path].kind.name for path in adapter.sites}
         base = str(getattr(getattr(self.model, "config", None), "_name_or_path", ""))
         write_adapter(folder, adapter, kinds, tuple(self.modules), base, _task(self.model))
-        write_record(folder, describe(adapter, base, self.base_fingerprint, dict(facts or {})))
+        write_record(folder, describe(adapter, base, self._fingerprint_beside(adapter.modules), dict(facts or {})))
+
+    def _check_base(self, folder: Path, adapter: Adapter) -> None:
+        record = read_record(folder)
+        whole = record is not None and record["base"]["fingerprint"] == self.base_fingerprint  # as records once were
+        if not whole:
+            check_base(record, self._fingerprint_beside(adapter.modules), folder)
 
     def remove(self, name: str) -> None:
         """Takes an adapter out; layers that hold no other are put back as they were."""
         member = self._member(name)
         self._check_unmerged(f"remove {name!r}")
-        for path in member.paths:
-            stand = self._stands[path]
-            del stand.adapters[key_of(name)]
+        del self._members[name]
+        self._withdraw(name, member.paths)
+
+    def _withdraw(self, name: str, paths: Iterable[str]) -> None:
+        for path in paths:
+            stand = self._stands.get(path)
+            if stand is None:
+                continue
+            stand.dismiss(name)
             if not stand.adapters:
                 self._place(path, stand.base)
                 del self._stands[path]
-        del self._members[name]
         if not self._members:
-            for path, parameter in self.model.named_parameters():
-                parameter.requires_grad_(self._flags[path])
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """What holding did to the model beside the stands is undone."""
+        self.router.unwatch()
+        for path, parameter in self.model.named_parameters(remove_duplicate=False):
+            parameter.requires_grad_(self._flags[path])
 
     def close(self) -> None:
         """Unmerges and removes everything: the model is bit for bit what it was."""
@@ -204,8 +232,20 @@ class Bank:
         self._check_apart(adapter)
         _ = self.base_fingerprint, self.sites, self.modules  # of the clean model, before it is changed
         if not self._members:
-            self._flags = {path: parameter.requires_grad for path, parameter in self.model.named_parameters()}
+            named = self.model.named_parameters(remove_duplicate=False)
+            self._flags = {path: parameter.requires_grad for path, parameter in named}
+        try:
+            self._admit(name, adapter, seed)
+        except BaseException:  # out of memory, an interrupt: nothing stays half held
+            self._withdraw(name, (*adapter.sites, *adapter.modules))
+            raise
+        self._members[name] = _Member(adapter.spec, tuple(adapter.sites), tuple(adapter.modules))
+
+    def _admit(self, name: str, adapter: Adapter, seed: int) -> None:
+        if not self._members:
             self.model.requires_grad_(False)
+        for path in (*adapter.sites, *adapter.modules):
+            self.router.watch(self.model, path)
         for path, factors in adapter.sites.items():
             stand = self._stands.get(path) or AdaptedLayer(self.sites[path], self.router, crc32(path.encode()))
             stand.admit(name, factors, seed)
@@ -214,14 +254,14 @@ class Bank:
             stand = self._stands.get(path) or CopiedLayer(path, self.modules[path], self.router)
             stand.admit(name, tensors, seed)
             self._place(path, stand)
-        self._members[name] = _Member(adapter.spec, tuple(adapter.sites), tuple(adapter.modules))
 
     def _check_apart(self, adapter: Adapter) -> None:
-        """A module that one adapter trains whole can hold no site of another."""
+        """A module that one adapter trains whole can hold no site of another, and none that another trains whole."""
         whole = {*adapter.modules, *(p for member in self._members.values() for p in member.modules)}
         parts = {*adapter.sites, *(p for member in self._members.values() for p in member.sites)}
         for path in sorted(whole):
-            inner = next((p for p in sorted(parts) if f"{p}.".startswith(f"{path}.")), None)
+            inside = [p for p in sorted(whole) if p.startswith(f"{path}.")]
+            inner = next((p for p in [*sorted(parts), *inside] if f"{p}.".startswith(f"{path}.")), None)
             if inner is not None:
                 raise BankError(
                     f"one adapter trains {path!r} whole and another changes {inner!r} inside it",
@@ -295,6 +335,9 @@ class Bank:
             self._place(path, stand.base)
         self._stands, self._members = {}, {}
         self._merged = self.router.merged = None
+        self._let_go()
+        for cached in ("base_fingerprint", "_parameters", "sites", "modules"):  # of a base that is no more
+            self.__dict__.pop(cached, None)
         _declare_untied(self.model)
         return report
 
@@ -305,7 +348,9 @@ class Bank:
 
 def _task(model: nn.Module) -> str | None:
     """PEFT's name for what the model does, from its class."""
-    ends = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
+    paired = getattr(getattr(model, "config", None), "is_encoder_decoder", False)  # others read pictures, and continue
+    conditional = "SEQ_2_SEQ_LM" if paired else "CAUSAL_LM"
+    ends = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": conditional}
     ends |= {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
     return next((task for end, task in ends.items() if type(model).__name__.endswith(end)), None)
 

@@ -57,6 +57,11 @@ class Stand(nn.Module):
         """Takes in what is an adapter's own."""
         raise NotImplementedError
 
+    def dismiss(self, name: str) -> None:
+        """Forgets what is an adapter's own, if there is any."""
+        if key_of(name) in self.adapters:
+            del self.adapters[key_of(name)]
+
 
 class AdaptedLayer(Stand):
     """A linear, convolution or embedding layer through which each unit of the route takes its own adapter."""
@@ -76,7 +81,7 @@ class AdaptedLayer(Stand):
             return self.base(x)
         parts = [
             self._part(name, factors, start, stop, x)
-            for name, start, stop in route.spans(x.shape, self.kind.width_dims, self.path)
+            for name, start, stop in self.router.spans(x.shape, self.kind.width_dims, self.path)
             if name is not None and (factors := self.of(name)) is not None
         ]
         return self.kind.adapted(self.base, x, parts)
@@ -124,7 +129,7 @@ class CopiedLayer(Stand):
         x, *rest = inputs
         if route.unit == "tokens":  # [1, tokens, ...]: a norm, a head or an embedding, one token at a time
             x = x.squeeze(0)
-        spans = route.spans(x.shape, x.dim() - 1, self.path)
+        spans = self.router.spans(x.shape, x.dim() - 1, self.path)
         out = torch.cat([self._through(name, x[start:stop], *rest, **named) for name, start, stop in spans])
         return out.unsqueeze(0) if route.unit == "tokens" else out
 

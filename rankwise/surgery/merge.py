@@ -50,9 +50,16 @@ class Merged:
     def __init__(self, name: str, layers: Sequence[AdaptedLayer]) -> None:
         self.name = name
         self._originals = [(layer, layer.base.weight) for layer in layers]
+        try:
+            self.report = self._merge()
+        except BaseException:  # out of memory, an interrupt, a difference: nothing stays half merged
+            self.undo()
+            raise
+
+    def _merge(self) -> MergeReport:
         worst, moved, wanted, bad = 0.0, 0.0, 0.0, []
         for layer, old in self._originals:
-            factors = layer.of(name)
+            factors = layer.of(self.name)
             probe = _probe(layer.base, layer.kind, factors)
             whole = [Part(0, len(layer.kind.flat(probe)), factors.A, factors.B, factors.scale)]
             before = layer.kind.adapted(layer.base, probe, whole).double()
@@ -65,10 +72,9 @@ class Merged:
             moved += float((layer.base.weight.float() - old.float()).norm()) ** 2
             wanted += factors.delta_norm() ** 2
         if bad:
-            self.undo()
             raise MergeError(f"merged weights do not do what base + adapter does; undone:\n{listing(bad)}")
         kept = sum(old.numel() * old.element_size() for _, old in self._originals)
-        self.report = MergeReport(len(layers), kept, worst, (moved / wanted) ** 0.5 if wanted else 1.0)
+        return MergeReport(len(self._originals), kept, worst, (moved / wanted) ** 0.5 if wanted else 1.0)
 
     def undo(self) -> None:
         """Puts the very Parameters back that were there."""
@@ -88,5 +94,7 @@ def _probe(module: Layer, kind: Kind, factors: LowRank) -> Tensor:
     if kind.lookup:
         return torch.randint(shape.inputs, (64,), generator=generator).to(module.weight.device)
     extents = [(k - 1) * d + 4 for k, d in zip(shape.kernel, getattr(module, "dilation", ()), strict=False)]
+    if getattr(module, "padding_mode", "zeros") != "zeros":  # circular and reflect padding repeat the input itself
+        extents = [extent + max(module._reversed_padding_repeated_twice) for extent in extents]
     probe = torch.randn((4 if extents else 64, shape.inputs, *extents), generator=generator)
     return probe.to(module.weight.device, module.weight.dtype)

@@ -6,13 +6,17 @@ is a row of the batch (`rows`), a token of a packed stream (`tokens`), or everyt
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
-from typing import Literal
+from functools import partial
+from itertools import accumulate, groupby
+from operator import mul
+from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
 
 from rankwise.errors import RouteError
 
@@ -57,7 +61,7 @@ class Route:
         """
         leading = shape[: len(shape) - width_dims]
         rows = torch.Size(leading).numel()
-        if self.unit == "whole":
+        if self.unit == "whole" or (len(leading) == 1 and len(self.runs) == 1):
             each = rows
         elif self.unit == "tokens":
             each = 1 if rows == self.units else 0
@@ -69,6 +73,9 @@ class Route:
                 f"{where}: input of shape {tuple(shape)} does not divide into the route's {self.units} {self.unit}",
                 hint="route one adapter for the whole batch with bank.use(name), or run the adapters one by one",
             )
+        if self.unit != "whole" and len(self.runs) == 1:
+            yield self.runs[0][0], 0, rows
+            return
         start = 0
         for name, count in self.runs:
             yield name, start, start + count * each
@@ -76,25 +83,126 @@ class Route:
 
 
 class Router:
-    """The route in force, shared by every adapted layer of a bank, and the tick that dropout masks are drawn from."""
+    """The route in force, shared by every adapted layer of a bank, and the tick that dropout masks are drawn from.
+
+    While adapters are held it watches the modules above their layers (`watch`), for two reasons.  A layer whose input
+    is flattened can tell from what the modules around it were given whether that still is row by row.  And a call of
+    the model is a forward pass, which a route without a tick of its own counts.
+
+    The recomputation of a checkpointed block does not call the model, so it meets the tick of its own pass as long as
+    the backward pass comes before the next forward pass.  Two forward passes and then two backward passes under one
+    route, with checkpointing and dropout, need a given tick.
+    """
 
     def __init__(self) -> None:
         self.route = Route.whole(None)
         self.merged: str | None = None
         self.tick = 0
+        self._given = False
+        self._shapes: dict[str, list[torch.Size]] = {}  # of the tensors each watched module was last called with
+        self._hooks: dict[str, Any] = {}
+        self._nesting: list[Any] = []
+
+    # ── watching ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def watch(self, model: Any, path: str) -> None:
+        """Watches the modules above a layer.
+
+        A hook on TransformerEncoderLayer also keeps it off its fast path, which reads the weights of its layers and
+        never calls them; TransformerEncoder's nested tensors need that fast path, so they are put off too.
+        """
+        for above in _above(path):
+            if above not in self._hooks:
+                module = model.get_submodule(above)
+                called = partial(self._called, above)
+                self._hooks[above] = module.register_forward_pre_hook(called, with_kwargs=True)
+                if isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor:
+                    module.use_nested_tensor = False
+                    self._nesting.append(module)
+
+    def unwatch(self) -> None:
+        for hook in self._hooks.values():
+            hook.remove()
+        for module in self._nesting:
+            module.use_nested_tensor = True
+        self._hooks, self._nesting, self._shapes = {}, [], {}
+
+    def _called(self, path: str, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        if not path and not self._given:
+            self.tick += 1
+        if self.route.unit != "whole":
+            self._shapes[path] = [tensor.shape for tensor in _tensors((*inputs, *named.values())) if tensor.dim()]
+
+    def spans(self, shape: torch.Size, width_dims: int, where: str) -> Iterator[tuple[str | None, int, int]]:
+        """`Route.spans` of the route in force, for a layer of the model.
+
+        Raises:
+            RouteError: also where a flattened input may hold other tokens, or in another order, than the batch.
+        """
+        leading = shape[: len(shape) - width_dims]
+        if len(leading) == 1 and len(self.route.runs) > 1 and not self._is_in_order(where, leading[0]):
+            raise RouteError(
+                f"{where}: no telling which {self.route.unit} an input of shape {tuple(shape)} belongs to",
+                hint="route one adapter for the whole batch with bank.use(name), or run the adapters one by one",
+            )
+        return self.route.spans(shape, width_dims, where)
+
+    def _is_in_order(self, where: str, rows: int) -> bool:
+        """Whether a flat input is the whole batch, in order: every module above was given a batch of these units.
+
+        Experts are not trusted at all: one that is sent every token may be sent them in another order.
+        """
+        units = self.route.units
+        if re.search("expert", where, re.I):
+            return False
+        known = [shapes for above in _above(where) if (shapes := self._shapes.get(above))]
+        if self.route.unit == "tokens":
+            fits = [[s for s in shapes if s[0] == units or s[:2] == (1, units)] for shapes in known]
+        else:
+            fits = [[s for s in shapes if s[0] == units] for shapes in known]
+        if not fits:
+            return rows == units
+        return all(fits) and any(rows in accumulate(shape, mul) for shape in fits[-1])
 
     @contextmanager
     def set(self, route: Route, tick: int | None = None) -> Iterator[None]:
-        """Puts a route in force for a while.  `tick` numbers the forward pass; None counts on."""
+        """Puts a route in force for a while.
+
+        `tick` numbers its forward passes, all alike, those of routes inside it that have none too.  None counts on:
+        at once, and at every call of the model.
+        """
         if self.merged is not None and route.names != {self.merged}:
             raise RouteError(
                 f"adapter {self.merged!r} is merged into the base, so nothing else can be routed",
                 hint="bank.unmerge() first",
             )
-        before = self.route, self.tick
-        self.route, self.tick = route, self.tick + 1 if tick is None else tick
+        before = self.route, self.tick, self._given, self._shapes
+        self.route, self._shapes = route, {}
+        if tick is not None:
+            self.tick, self._given = tick, True
+        elif not self._given:
+            self.tick += 1
         try:
             yield
         finally:
-            self.route = before[0]
-            self.tick = before[1] if tick is not None else self.tick
+            counted = self.tick
+            self.route, self.tick, self._given, self._shapes = before
+            if not self._given and tick is None:
+                self.tick = counted
+
+
+def _above(path: str) -> list[str]:
+    """The paths of the modules above a layer, the model's own ("") first."""
+    parts = path.split(".")
+    return [".".join(parts[:i]) for i in range(len(parts))]
+
+
+def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
+    """The tensors among a call's arguments, those in tuples, lists and dictionaries too."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from _tensors(value)
+        elif isinstance(value, dict):
+            yield from _tensors(list(value.values()))

@@ -135,11 +135,12 @@ def _what_there_is(sites: Mapping[str, Site]) -> str:
     return f"layers here: {', '.join(sorted(_leaves(sites)))}; presets: {', '.join(TARGET_ROLES)}"
 
 
-def choose_modules(names: Sequence[str], chosen: Sequence[Site], modules: Sequence[str]) -> list[str]:
-    """Paths of the layers to be trained whole.
+def choose_modules(names: Sequence[str], chosen: Sequence[Site], modules: Mapping[str, nn.Module]) -> list[str]:
+    """Paths of the layers to be trained whole, of all `modules`.
 
     Raises:
-        TargetError: a name matches nothing, or a layer that holds or is a targeted site.
+        TargetError: a name matches nothing, a layer that holds or is a targeted site, one inside another that is to be
+            trained whole, or one with running statistics.
     """
     found: list[str] = []
     problems: list[str] = []
@@ -152,6 +153,21 @@ def choose_modules(names: Sequence[str], chosen: Sequence[Site], modules: Sequen
         within = [site.path for site in chosen if site.path == path or site.path.startswith(f"{path}.")]
         if within:
             problems.append(f"{path!r} is to be trained whole but holds targeted {within[0]!r}")
+        around = next((other for other in found if path.startswith(f"{other}.")), None)
+        if around is not None:
+            problems.append(f"{path!r} is to be trained whole and is inside {around!r}, which is too: name one of them")
+        if kept := _statistics(modules[path]):
+            problems.append(
+                f"{path!r} is to be trained whole but keeps statistics that are not trained ({', '.join(kept)}), "
+                "which an adapter does not store"
+            )
     if problems:
         raise TargetError(f"modules_to_save does not fit the model:\n{listing(problems)}")
     return list(dict.fromkeys(found))
+
+
+def _statistics(module: nn.Module) -> list[str]:
+    """Buffers that belong to a module's state, as BatchNorm's running mean does."""
+    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    buffers = {name for name, _ in module.named_buffers(remove_duplicate=False)}
+    return [name for name in module.state_dict() if name in buffers - parameters]

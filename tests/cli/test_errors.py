@@ -17,7 +17,6 @@ def no_traceback(ran):
 TRAIN = "train --model {world}/llama --data {world}/train.jsonl --out {new}"
 EVALUATE = "evaluate --model {world}/llama --data {world}/test.jsonl --adapter {adapter}"
 MISTAKES = {
-    "nothing asked for": ("train", "'model' is missing", "'data' is missing", "'out' is missing"),
     "values out of range": (f"{TRAIN} --rank 0 --lr -1 --dropout 1", "rank = 0", "lr = -1.0", "dropout = 1.0"),
     "words that are none": (f"{TRAIN} --scaling foo --schedule bar", "'alpha/sqrt(r)'", "'cosine'"),
     "no pattern": (f"{TRAIN} --targets re:foo[", "targets = 're:foo['", "not a regular expression"),
@@ -91,9 +90,7 @@ def test_a_mistake_is_told_with_a_way_out(rankwise, words, mistake):
         assert piece in told
 
 
-@pytest.mark.parametrize(
-    "mistake", ["nothing asked for", "bad rows", "another base", "neither", "folder for the model"]
-)
+@pytest.mark.parametrize("mistake", ["bad rows", "another base", "neither", "folder for the model"])
 def test_with_json_a_mistake_is_an_object(rankwise, words, mistake):
     line, *pieces = MISTAKES[mistake]
     ran = rankwise(*words(line), "--json")
@@ -109,6 +106,7 @@ WRONG_USAGE = {
     "train --rnk 4": ("No such option: --rnk", "--rank"),
     "train --rank many": ("Invalid value for '--rank'",),
     "train --data": ("requires an argument",),
+    "train": ("'--model'", "'--data'", "'--out'"),
     "trian": ("No such command 'trian'", "train"),
     "evaluate --model m --data d": ("Missing option '--adapter'",),
     "merge": ("Missing option",),

@@ -12,6 +12,7 @@ from rankwise.data.stream import lay
 from rankwise.engine.forward import Forward
 from rankwise.engine.loop import train
 from rankwise.engine.run import Loop, Run
+from rankwise.errors import RankwiseWarning
 from rankwise.surgery.bank import Bank
 from tests.corpora import random_corpus
 from tests.grid import spec, trained
@@ -59,3 +60,39 @@ def kept_bytes(checkpointing: bool, dropout: float) -> int:
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_it_keeps_a_fraction_of_the_activations(dropout):
     assert kept_bytes(True, dropout) < 0.25 * kept_bytes(False, dropout)
+
+
+@pytest.mark.parametrize("targets", [("lm_head", "q_proj"), ("lm_head", "embed_tokens", "down_proj")], ids=str)
+def test_an_adapted_head_does_not_move_the_dropout_of_the_blocks(targets):
+    """The head's loss is gathered after the blocks have run, and before they are computed again."""
+    found = []
+    for checkpointing in (False, True):
+        corpus = random_corpus([9, 14, 6])
+        with Bank(tiny("llama")) as bank:
+            trained(bank, "a", spec(targets, dropout=0.5))
+            with Forward(bank, checkpointing=checkpointing) as forward:
+                forward.learn(lay(corpus, range(3)), [("a", 3)], np.ones(3), tick=7)
+            found.append({path: p.grad.clone() for path, p in bank.named_parameters("a")})
+    plain, saving = found
+    assert [path for path in plain if not torch.equal(saving[path], plain[path])] == []
+
+
+def test_a_head_draws_the_dropout_of_its_pass():
+    seen = []
+    with Bank(tiny("llama")) as bank:
+        trained(bank, "a", spec(("lm_head",), dropout=0.5))
+        head = bank.model.get_output_embeddings()
+        head.register_forward_pre_hook(lambda *_: seen.append(bank.router.tick))
+        with Forward(bank) as forward:
+            seen.clear()
+            forward.learn(lay(random_corpus([9, 14]), range(2)), [("a", 2)], np.ones(2), tick=7)
+    assert set(seen) == {7}
+
+
+def test_a_model_without_blocks_to_compute_again_says_so(monkeypatch):
+    from rankwise.engine import forward as module
+
+    monkeypatch.setattr(module, "GradientCheckpointingLayer", torch.nn.Bilinear)
+    warned = pytest.warns(RankwiseWarning, match="checkpointing has no effect")
+    with Bank(tiny("llama")) as bank, warned, Forward(bank, checkpointing=True):
+        pass

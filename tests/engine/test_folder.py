@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -100,11 +101,12 @@ def test_events_are_lines_and_those_after_a_mark_can_be_taken_back(tmp_path):
     assert folder.metrics_size() == mark
 
 
-def test_numbers_that_json_does_not_have_are_refused_and_leave_no_half_line(tmp_path):
-    folder = RunFolder(tmp_path)
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        folder.write_event({"loss": float("nan")})
-    assert folder.metrics_size() == 0
+def test_numbers_that_json_does_not_know_are_written_as_null(tmp_path):
+    with held_folder(tmp_path / "run", resume=False) as folder:
+        event = {"loss": np.nan, "row": [np.float32(0.5), -np.inf], "count": np.int64(3), "in": {"x": np.nan}}
+        assert folder.write_event(event) is None
+        (line,) = folder.metrics.read_text().splitlines()
+    assert json.loads(line) == {"loss": None, "row": [0.5, None], "count": 3, "in": {"x": None}}
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from rankwise.data.stream import lay
+from rankwise.engine import attention
 from rankwise.engine.forward import Forward
 from rankwise.errors import ModelError
 from rankwise.surgery.bank import Bank
@@ -88,7 +89,6 @@ def test_attention_that_leaks_between_documents_is_found_out(monkeypatch):
     model = tiny("llama")
     with Bank(model) as bank:
         bank.add("a", spec())
-        from rankwise.engine import attention
 
         def leaking(q, k, v, spans, scale, window=0, softcap=0.0):
             whole = attention.Spans((0, len(q)))
@@ -160,3 +160,52 @@ def test_no_logits_of_a_whole_batch_ever_exist():
     finally:
         head._CHUNK_BYTES["cpu"] = kept
     assert 0 < largest <= 64
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, TypeError, ValueError])
+def test_a_model_that_breaks_on_a_packed_stream_goes_row_by_row(monkeypatch, kind):
+    def breaking(*_, **__):
+        raise kind("one row is not enough\nfor me")
+
+    model, corpus = tiny("llama"), random_corpus(LENGTHS)
+    monkeypatch.setattr(attention, "attend", breaking)
+    with Bank(model) as bank:
+        trained(bank, "one", spec("all-linear"), seed=1)
+        want, _ = alone(bank, corpus, ["one"] * 4, np.ones(4))
+        with Forward(bank) as forward:
+            assert (forward.layout, forward.reason) == (
+                "rows",
+                f"a packed stream ends in a {kind.__name__}: one row is not enough",
+            )
+            got = forward.learn(lay(corpus, range(4)), [("one", 4)], np.ones(4), tick=1)
+    np.testing.assert_allclose(got.documents, want, rtol=1e-5)
+
+
+def test_a_model_that_is_its_own_base_is_asked_for_its_logits(monkeypatch):
+    """Llama4ForCausalLM names a base that it does not have."""
+    model, corpus = tiny("llama"), random_corpus(LENGTHS)
+    monkeypatch.setattr(type(model), "base_model_prefix", "not_there")
+    assert model.base_model is model
+    with Bank(model) as bank:
+        trained(bank, "one", spec("all-linear"), seed=1)
+        want, _ = alone(bank, corpus, ["one"] * 4, np.ones(4))
+        with Forward(bank) as forward:
+            got = forward.learn(lay(corpus, range(4)), [("one", 4)], np.ones(4), tick=1)
+            assert forward.layout == "packed", forward.reason
+    np.testing.assert_allclose(got.documents, want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_models_with_an_encoder_are_refused_in_plain_words(name):
+    with Bank(tiny(name)) as bank, pytest.raises(ModelError, match="encoder beside its decoder"), Forward(bank):
+        pass
+
+
+def test_a_model_that_cannot_take_tokens_alone_is_refused_in_plain_words(monkeypatch):
+    def forward(self, **inputs):
+        raise ValueError("You have to specify pictures")
+
+    model = tiny("llama")
+    monkeypatch.setattr(type(model), "forward", forward)
+    with Bank(model) as bank, pytest.raises(ModelError, match="specify pictures"), Forward(bank):
+        pass

@@ -1,11 +1,13 @@
 """PEFT's folders, both ways, against PEFT itself."""
 
+import copy
 import json
 
 import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from rankwise.adapters.spec import LoraSpec
 from rankwise.errors import AdapterFileError, AdapterMismatchError, RankwiseWarning
@@ -122,6 +124,46 @@ def test_every_scaling_and_pattern_survives_the_journey(scaling, tmp_path):
         again = bank.adapter("b").sites[path]
         assert (again.rank, again.shape) == (factors.rank, factors.shape)
         torch.testing.assert_close(again.delta(), factors.delta(), rtol=1e-6, atol=0)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("pattern", ["^0", "1.0"])
+def test_a_written_pattern_means_one_site_even_where_its_path_ends_another(pattern, tmp_path):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 4)), torch.randn(3, 4)
+    clean = copy.deepcopy(model)
+    bank = Bank(model)
+    trained(bank, "a", spec(("0", "1.0", "2"), rank_pattern={pattern: 2}, alpha_pattern={pattern: 9}))
+    with bank.use("a"):
+        want = model(x)
+    bank.save("a", tmp_path)
+    bank.load("b", tmp_path)
+    assert bank.adapter("b").digest() == bank.adapter("a").digest()
+    theirs = peft.PeftModel.from_pretrained(clean, tmp_path).eval()
+    torch.testing.assert_close(theirs(x), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_head_trained_whole_does_not_make_another_base(tmp_path):
+    model, other = tiny("roberta"), tiny("roberta")
+    with torch.no_grad():
+        for parameter in other.classifier.parameters():
+            parameter += 1
+    bank = Bank(model)
+    trained(bank, "a", spec("minimal", modules_to_save=("classifier",)))
+    bank.save("a", tmp_path / "a")
+    trained(bank, "plain", spec("minimal"))
+    bank.save("plain", tmp_path / "plain")
+    bank = Bank(other)
+    bank.load("a", tmp_path / "a")
+    with pytest.raises(AdapterMismatchError, match="fingerprint"):
+        bank.load("plain", tmp_path / "plain")
+    with torch.no_grad():
+        third = tiny("roberta")
+        third.roberta.embeddings.word_embeddings.weight += 1
+    with pytest.raises(AdapterMismatchError, match="fingerprint"):
+        Bank(third).load("a", tmp_path / "a")
 
 
 @pytest.fixture

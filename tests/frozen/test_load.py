@@ -91,6 +91,12 @@ def test_a_folder_in_the_home_folder_may_be_written_with_a_tilde(whole, monkeypa
     assert load_base(f"~/{whole.name}").name == str(whole)
 
 
+def test_a_folder_named_like_a_repository_is_recorded_whole(whole, monkeypatch):
+    monkeypatch.chdir(whole.parent.parent)
+    named = f"{whole.parent.name}/{whole.name}"
+    assert load_base(named).name == load_base(f"./{named}").name == str(whole)
+
+
 # ── what is refused ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 

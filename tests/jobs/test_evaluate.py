@@ -30,7 +30,7 @@ def found(world, adapter, run):
 
 
 def test_the_result_has_exactly_the_promised_shape(found):
-    assert list(found) == ["documents", "tokens", "base", "adapters"]
+    assert list(found) == ["documents", "tokens", "base", "adapters", "truncated", "dropped", "unused"]
     assert list(found["base"]) == ["loss"]
     for one in found["adapters"]:
         assert list(one) == ["name", "loss", "delta"]
@@ -64,6 +64,35 @@ def test_a_fresh_adapter_differs_by_exactly_nothing_and_is_said_to(world, fresh,
     (one,) = found["adapters"]
     assert one["delta"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
     assert one["loss"] == found["base"]["loss"]
+
+
+def settings_of(source, folder, **values):
+    """A copy of a run's adapter that was trained with these settings."""
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("checkpoints", "tracking"))
+    record = read(folder / "rankwise.json")
+    for row in record["settings"]:
+        row["value"] = values.get(row["name"], row["value"])
+    (folder / "rankwise.json").write_text(json.dumps(record))
+    return folder
+
+
+def test_documents_are_read_as_in_training_where_the_adapters_agree(world, run, tmp_path):
+    data = write_rows(tmp_path / "rows.jsonl", range(800, 806))
+    with data.open("a") as file:
+        file.write(json.dumps({"prompt": 30 * "long ", "completion": "yes", "colour": "red"}) + "\n")
+    short = settings_of(run["out"], tmp_path / "short", max_length=64, overlong="drop")
+    found = evaluated(world, [short], data=data)
+    assert (found["documents"], found["dropped"], found["unused"]) == (6, {"longer than max_length": 1}, {"colour": 1})
+    assert evaluated(world, [short], data=data, max_length=2048)["documents"] == 7
+    assert evaluated(world, [short, run["out"]], data=data)["documents"] == 7
+    with pytest.raises(SpecError, match="overlong = 'keep'"):
+        evaluated(world, [short], data=data, overlong="keep")
+
+
+def test_losses_that_are_not_finite_are_told_by_document(world, tmp_path):
+    huge = write_adapter(tmp_path / "huge", world / "llama", size=1e30)
+    with pytest.raises(DataError, match=r"not a finite number(.|\n)*test.jsonl:\d+: huge"):
+        evaluated(world, [huge])
 
 
 # ── names ────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -132,6 +132,26 @@ def test_a_model_of_another_task_is_refused_in_a_sentence(tmp_path):
         run_inspection(str(tmp_path))
 
 
+@pytest.mark.parametrize("config", ['{"model_type": "llama", "hidden_size": "x"}', '{"model_type": []}', "[1]"])
+def test_a_config_that_makes_no_sense_is_refused_in_a_sentence(tmp_path, config):
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ModelError, match="neither an adapter's folder nor a model that can be read"):
+        run_inspection(str(tmp_path))
+
+
+def test_code_in_a_repository_is_neither_asked_about_nor_run(tmp_path, monkeypatch):
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda question="": asked.append(question) or "y")
+    canary = tmp_path / "canary"
+    (tmp_path / "mine.py").write_text(f"open({str(canary)!r}, 'w')\n")
+    own = {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": own}))
+    with pytest.raises(ModelError, match="code of its own, which is never run"):
+        run_inspection(str(tmp_path))
+    assert not asked
+    assert not canary.exists()
+
+
 def test_looking_at_a_model_takes_no_memory_for_its_weights(tmp_path):
     """Eight billion parameters, of which not one is made."""
     write_model(tmp_path)

@@ -145,6 +145,7 @@ patience: 2
 evaluate_every: 5
 save_every: 6
 checkpointing: true
+force: true
 dtype: bfloat16
 device: cpu
 track: [tensorboard, wandb]
@@ -248,7 +249,16 @@ def test_a_scenario_stands_under_what_is_asked_for(name):
     chosen, spec = SCENARIOS[name], TrainRequest(**LEAST, scenario=name).spec
     assert (spec.rank, spec.alpha, spec.targets) == (chosen.rank, chosen.alpha, chosen.targets)
     changed = TrainRequest(**LEAST, scenario=name, rank=3).spec
-    assert (changed.rank, changed.alpha, changed.targets) == (3, chosen.alpha, chosen.targets)
+    assert (changed.rank, changed.alpha, changed.targets) == (3, 6, chosen.targets)  # alpha = 2r
+    same = TrainRequest(**LEAST, scenario=name, rank=chosen.rank).spec
+    assert same.alpha == chosen.alpha
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+    found = TrainRequest(model="m", data=["~/a.jsonl", "owner/name"], out="~/o", valid="~/v.jsonl", test="~/t.jsonl")
+    assert found.data == ("/home/ann/a.jsonl", "owner/name")
+    assert (str(found.out), found.valid, found.test) == ("/home/ann/o", "/home/ann/v.jsonl", "/home/ann/t.jsonl")
 
 
 def reasons(request: TrainRequest) -> dict[str, str]:

@@ -219,7 +219,7 @@ def test_training_further_begins_at_the_adapter_s_own_loss(world, adapter, tmp_p
 
 
 def test_an_adapter_of_another_base_is_not_trained_further_unless_forced(world, adapter, tmp_path):
-    model = write_model(tmp_path / "other", initializer_range=0.5)
+    model = write_model(tmp_path / "other", tie_word_embeddings=True)
     further = {"continue_from": adapter, "max_steps": 1}
     with pytest.raises(AdapterMismatchError, match="--force"):
         run_training(request(model, world / "train.jsonl", tmp_path / "out", **further), Quiet())

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rankwise.kernels.attention import Spans, attend
+from rankwise.kernels.attention import Spans, _alike, attend
 
 SHAPES = [  # heads, groups, width, lengths
     (9, 3, 64, (376, 20)),
@@ -83,3 +83,34 @@ def test_not_a_number_comes_through():
     out = attend(*low[:3], spans, 0.2)
     assert out[3, 0].isnan().all()
     assert out[20:].isfinite().all()
+
+
+@pytest.mark.parametrize(("width", "values"), [(64, 32), (32, 64), (48, 16)])
+def test_values_of_another_width_than_keys_go_the_plain_way(width, values):
+    """As in latent attention (DeepSeek's MLA): the C side is told one width for all."""
+    tensors, spans = case(4, 2, width, (50, 9))
+    q, k = (x.bfloat16().requires_grad_() for x in tensors[:2])
+    v = torch.randn(59, 2, values).bfloat16().requires_grad_()
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    out, want = attend(q, k, v, spans, 0.2), reference(*exact, spans.pairs, 0.2, 0)
+    assert out.shape == want.shape
+    out.sum().backward()
+    want.sum().backward()
+    for got, true in [(out, want), (q.grad, exact[0].grad), (k.grad, exact[1].grad), (v.grad, exact[2].grad)]:
+        assert (got.double() - true).norm() <= 3e-2 * true.norm()
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "v", "served"),
+    [
+        ((5, 4, 32), (5, 2, 32), (5, 2, 32), True),
+        ((5, 4, 32), (5, 2, 32), (5, 2, 16), False),
+        ((5, 4, 32), (5, 2, 48), (5, 2, 32), False),
+        ((5, 4, 32), (5, 3, 32), (5, 3, 32), False),
+        ((5, 4, 32), (5, 2, 32), (5, 4, 32), False),
+        ((5, 4, 24), (5, 2, 24), (5, 2, 24), False),
+        ((6, 4, 32), (5, 2, 32), (5, 2, 32), False),
+    ],
+)
+def test_only_shapes_that_the_compiled_kernel_reads_within_bounds_reach_it(q, k, v, served):
+    assert _alike(*(torch.zeros(shape) for shape in (q, k, v))) == served

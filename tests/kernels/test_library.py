@@ -66,3 +66,18 @@ def test_telling_glibc_to_keep_memory_is_harmless_twice_and_where_there_is_none(
     first = reclaim_memory_lazily()
     assert reclaim_memory_lazily() == first
     assert first == (platform.libc_ver()[0] == "glibc")
+
+
+def test_mapped_files_are_found_whatever_their_path_looks_like():
+    maps = (
+        "7f0-7f1 r-xp 00000000 08:01 42   /opt/my tools/lib/libgomp.so.1\n"
+        "7f1-7f2 r-xp 00000000 08:01 43   /opt/old/libc.so.6 (deleted)\n"
+        "7f2-7f3 rw-p 00000000 00:00 0\n"
+        "7f3-7f4 rw-p 00000000 00:00 0    [heap]\n"
+    )
+    assert library._mapped(maps) == ["/opt/my tools/lib/libgomp.so.1", "/opt/old/libc.so.6"]
+
+
+def test_a_runtime_that_cannot_be_opened_leaves_the_plain_path(monkeypatch):
+    monkeypatch.setattr(library, "_mapped", lambda maps: ["/nowhere/libgomp.so.1"])
+    assert not library._share_threads()

@@ -63,8 +63,13 @@ def test_the_numbers_of_the_run_are_said(tmp_path, words):
 def test_the_places_of_this_machine_stay_here(tmp_path):
     data = record()["data"]
     data["train"]["files"] = [{"path": "/home/ann/secret/train.jsonl", "sha256": "ab" * 32}]
-    _, body = card(tmp_path, record=record(data=data, command="rankwise train --data /home/ann/secret/train.jsonl"))
-    assert "train.jsonl" in body
+    names = ("model", "valid", "test", "out", "continue_from")
+    places = [*((name, f"/home/ann/secret/{name}.x") for name in names), ("data", ["/home/ann/secret/train.jsonl"])]
+    settings = [{"name": name, "value": value, "reason": "asked for"} for name, value in places]
+    command = "rankwise train --data /home/ann/secret/train.jsonl"
+    _, body = card(tmp_path, record=record(data=data, command=command, settings=settings))
+    assert "| data | train.jsonl |" in body
+    assert r"| continue\_from | continue\_from.x |" in body
     assert "/home/ann" not in body
 
 
@@ -103,6 +108,15 @@ def test_any_text_stays_in_its_cell(tmp_path_factory, text):
     assert len(rows) == 3
     assert len(re.findall(r"(?<!\\)(?:\\\\)*\|", rows[2])) == 4
     assert not re.search(r"(?<!\\)(?:\\\\)*[<\[*`]", rows[2])
+
+
+def test_every_part_of_the_data_has_its_row_and_what_was_lost_is_counted_once(tmp_path):
+    data = record()["data"]
+    data["test"] = data["valid"] | {"documents": 77}
+    data["valid"] |= {"held_back": True, "truncated": 0}
+    _, body = card(tmp_path, record=record(data=data))
+    assert "| test | 77 |" in body
+    assert "| validation | 214 | 412,806 | 38,214 | – | counted with training |" in body
 
 
 def test_a_run_without_evaluation_claims_nothing(tmp_path):

@@ -44,7 +44,7 @@ def test_a_handful_of_documents_proves_nothing(tmp_path, documents, kind):
 
 
 def test_few_documents_are_a_caveat(tmp_path):
-    (caveat,) = verdict(tmp_path, evaluation=evaluation(20)).caveats
+    caveat, _ = verdict(tmp_path, evaluation=evaluation(20)).caveats
     assert caveat.startswith("With 20 documents the interval itself is uncertain")
 
 
@@ -65,7 +65,27 @@ def test_one_of_several_adapters_is_named(tmp_path):
 def test_documents_that_chose_the_best_step_are_a_caveat(tmp_path):
     (caveat,) = verdict(tmp_path).caveats
     assert "chose the best of 12 checkpoints" in caveat
-    assert verdict(tmp_path, evaluation=evaluation(300)).caveats == ()
+    data = record()["data"]
+    assert verdict(tmp_path, record=record(data=data | {"test": data["valid"]})).caveats == ()
+
+
+def test_the_look_before_the_first_step_chose_nothing(tmp_path):
+    before = {"kind": "evaluation", "step": 0, "adapter": "tuned", "loss": 3.0, "documents": 214}
+    (caveat,) = verdict(tmp_path, metrics=[before, *metrics()]).caveats
+    assert "best of 12 checkpoints" in caveat
+
+
+def test_an_adapter_that_was_trained_before_is_a_caveat(tmp_path):
+    settings = [{"name": "continue_from", "value": "runs/first", "reason": "asked for"}]
+    assert "trained further" in verdict(tmp_path, record=record(settings=settings)).caveats[1]
+
+
+@pytest.mark.parametrize("stopped", ["diverged", "not finite"])
+def test_a_training_that_went_wrong_is_said_before_anything_else(tmp_path, stopped):
+    training = record()["training"] | {"stopped": stopped}
+    sentence = verdict(tmp_path, record=record(training=training)).sentence
+    assert sentence.startswith("Training was stopped because")
+    assert "the adapter is that of step 250. Tuned is better" in sentence
 
 
 @pytest.mark.parametrize(
@@ -83,7 +103,7 @@ def test_without_evaluation_nothing_is_claimed(tmp_path, stopped, words):
     assert found.kind == "unmeasured"
     assert found.sentence.startswith("Not compared with the base")
     assert words in found.sentence
-    assert "not known until rankwise evaluate" in found.caveats[0]
+    assert "is not known: rankwise train measures" in found.caveats[0]
     assert found.caveats[1] == "Skipped for numbers that were not finite: 2 steps."
 
 

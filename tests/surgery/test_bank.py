@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -5,7 +7,8 @@ from torch import nn
 from rankwise.adapters.adapter import Adapter
 from rankwise.adapters.spec import LoraSpec
 from rankwise.errors import AdapterMismatchError, BankError, RouteError, TargetError
-from rankwise.surgery.bank import Bank
+from rankwise.surgery.bank import Bank, _task
+from rankwise.surgery.layer import AdaptedLayer
 from tests.grid import relative, spec, state_of, trained
 from tests.models import ARCHITECTURES, output, tiny, words
 
@@ -285,3 +288,48 @@ def test_a_loaded_adapter_is_the_saved_one_in_the_same_order(tmp_path):
         assert read.digest() == made.digest()
         turned = Adapter(made.spec, dict(reversed(made.sites.items())), made.modules)
         assert turned.digest() == made.digest()
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_an_adding_that_fails_halfway_changes_nothing(first, monkeypatch):
+    model = tiny("llama")
+    bank = Bank(model)
+    if not first:
+        trained(bank, "held", spec("minimal"))
+    before, calls, real = state_of(model), [], AdaptedLayer.admit
+
+    def failing(*given):
+        calls.append(given)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        real(*given)
+
+    monkeypatch.setattr(AdaptedLayer, "admit", failing)
+    with pytest.raises(KeyboardInterrupt):
+        bank.add("a", spec("attention"))
+    assert state_of(model) == before
+    assert bank.names == (() if first else ("held",))
+    monkeypatch.undo()
+    bank.add("a", spec("attention"))
+
+
+def test_baking_gives_back_the_flags_and_forgets_the_old_base():
+    model = tiny("llama-tied")
+    model.model.norm.weight.requires_grad_(False)
+    names = {path for path, _ in model.named_parameters()} | {"lm_head.weight"}
+    bank = Bank(model)
+    trained(bank, "a", spec(("lm_head", "q_proj")))
+    old = bank.base_fingerprint
+    bank.bake("a")
+    flags = {path: parameter.requires_grad for path, parameter in model.named_parameters()}
+    assert flags == {path: path != "model.norm.weight" for path in names}
+    assert bank.base_fingerprint != old
+    assert all(site.module is model.get_submodule(path) for path, site in bank.sites.items())
+
+
+@pytest.mark.parametrize(("encoder_decoder", "task"), [(True, "SEQ_2_SEQ_LM"), (False, "CAUSAL_LM")])
+def test_the_task_of_a_conditional_model_follows_its_config(encoder_decoder, task):
+    class SomeForConditionalGeneration(nn.Module):
+        config = SimpleNamespace(is_encoder_decoder=encoder_decoder)
+
+    assert _task(SomeForConditionalGeneration()) == task

@@ -1,0 +1,33 @@
+import pytest
+from torch import nn
+
+from rankwise.errors import BankError, TargetError
+from rankwise.surgery.bank import Bank
+from tests.grid import spec
+
+
+def model() -> nn.Module:
+    return nn.ModuleDict({"body": nn.Linear(4, 4), "head": nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))})
+
+
+def headed() -> nn.Module:
+    return nn.ModuleDict({"body": nn.Linear(4, 4), "head": nn.Sequential(nn.Linear(4, 4), nn.ReLU())})
+
+
+def test_a_module_trained_whole_cannot_hold_another():
+    with pytest.raises(TargetError, match=r"'head\.0'.*inside 'head'"):
+        Bank(headed()).add("a", spec(("body",), modules_to_save=("head", "head.0")))
+
+
+@pytest.mark.parametrize("names", [("head", "head.0"), ("head.0", "head")])
+def test_nor_one_of_another_adapter(names):
+    with Bank(headed()) as bank:
+        bank.add("a", spec(("body",), modules_to_save=names[:1]))
+        with pytest.raises(BankError, match=r"'head'.*'head\.0'"):
+            bank.add("b", spec(("body",), modules_to_save=names[1:]))
+
+
+def test_a_module_with_running_statistics_cannot_be_trained_whole():
+    with pytest.raises(TargetError, match=r"'head'.*1\.running_mean"):
+        Bank(model()).add("a", spec(("body",), modules_to_save=("head",)))
+    Bank(model()).add("a", spec(("body",), modules_to_save=("head.0",)))
