@@ -21,7 +21,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -114,7 +113,7 @@ def run_peft(folder: Path, model_path: str, best: bool, out: Path) -> dict[str, 
         callbacks=[Clock()],
     )
     trainer.train()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_memory()
     model.save_pretrained(out)
     # the collator runs one batch ahead; steps are batches in order
     return {"tokens_per_second": sum(seen[1 : len(marks) - 1]) / (marks[-1] - marks[1]), "peak_bytes": peak}
@@ -142,7 +141,7 @@ def run_rankwise(folder: Path, model_path: str, out: Path) -> dict[str, Any]:
     with Bank(model) as bank:
         bank.add("a", LoraSpec(rank=RANK, alpha=ALPHA, targets="all-linear"))
         train(bank, {"a": Run(lr=LR, warmup=0)}, corpus, loop=Loop(batch_documents=DOCUMENTS_A_STEP), observe=observe)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = peak_memory()
         bank.save("a", out)
     return {"tokens_per_second": sum(tokens[1:]) / (marks[-1] - marks[0]), "peak_bytes": peak}
 
@@ -201,7 +200,7 @@ def run_products(folder: Path, model_path: str) -> dict[str, Any]:
             once(micro, adapters)
             speeds.append((int(lengths[micro].sum()), time.perf_counter() - begun))
         found[name] = sum(t for t, _ in speeds) / sum(s for _, s in speeds)
-    return found | {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    return found | {"peak_bytes": peak_memory()}
 
 
 # ── the comparison ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -292,6 +291,12 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         },
         "every": figures,
     }
+
+
+def peak_memory() -> int:
+    from rankwise.jobs.machine import peak_memory_bytes
+
+    return peak_memory_bytes()
 
 
 def processor() -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers.generation.streamers import BaseStreamer
 
+from rankwise.data.template import Template
 from rankwise.surgery.bank import Bank
 
 
@@ -36,6 +37,13 @@ class _TextStream(BaseStreamer):
 
 
 @torch.no_grad()
+def stops_of(template: Template, model: Any) -> tuple[int, ...]:
+    """Tokens at which an answer is over: the template's, and those that the model itself names."""
+    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    own = [named] if isinstance(named, int) else list(named or ())
+    return tuple(dict.fromkeys([*template.stops, *own]))
+
+
 def answer(
     bank: Bank,
     name: str | None,

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.data.template import Template
-from rankwise.engine.generate import answer
+from rankwise.engine.generate import answer, stops_of
 from rankwise.errors import DataError
 from rankwise.frozen.load import load_base
 from rankwise.jobs.evaluate import load_adapter
-from rankwise.jobs.samples import stops_of
 from rankwise.jobs.watch import Watch
 from rankwise.surgery.bank import Bank
 

@@ -8,19 +8,12 @@ import numpy as np
 
 from rankwise.data.corpus import Corpus
 from rankwise.data.template import Template
-from rankwise.engine.generate import answer
+from rankwise.engine.generate import answer, stops_of
 from rankwise.jobs.watch import Advance
 from rankwise.surgery.bank import Bank
 
 SAMPLES = 3
 _LONGEST_PROMPT, _LONGEST_ANSWER = 1024, 96
-
-
-def stops_of(template: Template, model: Any) -> tuple[int, ...]:
-    """Tokens at which an answer is over: the template's, and those that the model itself names."""
-    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    own = [named] if isinstance(named, int) else list(named or ())
-    return tuple(dict.fromkeys([*template.stops, *own]))
 
 
 def sample_answers(

@@ -11,9 +11,7 @@ out/
 from __future__ import annotations
 
 import json
-import resource
 import signal
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -31,7 +29,7 @@ from rankwise.formats.tensors import write_text
 from rankwise.frozen.load import Base, load_base
 from rankwise.jobs.documents import Documents, read_documents
 from rankwise.jobs.evaluate import evaluate_finite, load_adapter
-from rankwise.jobs.machine import machine_facts, versions
+from rankwise.jobs.machine import machine_facts, peak_memory_bytes, versions
 from rankwise.jobs.plan_text import plan_text
 from rankwise.jobs.request import TrainRequest
 from rankwise.jobs.samples import sample_answers
@@ -45,7 +43,6 @@ from rankwise.surgery.bank import Bank
 from rankwise.texts import json_text
 
 ADAPTER = "adapter"
-_MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kibibytes
 
 
 def run_training(request: TrainRequest, watch: Watch) -> dict[str, Any]:
@@ -95,7 +92,7 @@ def _run(request: TrainRequest, folder: RunFolder, watch: Watch) -> dict[str, An
         bank.save(ADAPTER, request.out, facts)
         if outcome.failed:
             warnings.warn(
-                f"training {stop(outcome.status)}; the adapter is that of step {outcome.best_step}, the best before it",
+                f"training {stop(outcome.status)}; the adapter that is kept is that of step {outcome.best_step}",
                 RankwiseWarning,
                 stacklevel=2,
             )
@@ -148,7 +145,7 @@ def _training_facts(folder: RunFolder, outcome: Outcome, seconds: float, epoch_t
         "supervised": sum(s["supervised"] for s in steps),
         "seconds": max(seconds, busy),  # of a resumed run's first part the steps alone are known
         "tokens_per_second": tokens / busy if busy else 0.0,
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT,
+        "peak_memory_bytes": peak_memory_bytes(),
         "stopped": outcome.status,
         "best_step": outcome.best_step,
         "skipped_steps": outcome.skipped,

@@ -73,7 +73,7 @@ class Route:
                 f"{where}: input of shape {tuple(shape)} does not divide into the route's {self.units} {self.unit}",
                 hint="route one adapter for the whole batch with bank.use(name), or run the adapters one by one",
             )
-        if self.unit != "whole" and len(self.runs) == 1:
+        if len(self.runs) == 1:
             yield self.runs[0][0], 0, rows
             return
         start = 0

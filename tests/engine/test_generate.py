@@ -4,10 +4,11 @@ import pytest
 import torch
 import transformers as hf
 
+from rankwise.data.template import Template
 from rankwise.engine.forward import Forward
-from rankwise.engine.generate import answer
+from rankwise.engine.generate import answer, stops_of
 from rankwise.surgery.bank import Bank
-from tests.data.chat import byte_level
+from tests.data.chat import TEMPLATES, byte_level
 from tests.grid import spec, state_of, trained
 from tests.models import LLAMA, causal
 
@@ -161,3 +162,11 @@ def test_gradients_are_not_gathered():
         trained(bank, "a", spec("all-linear"))
         say(bank, "a")
         assert all(parameter.grad is None for _, parameter in bank.named_parameters("a"))
+
+
+def test_an_answer_also_ends_where_the_model_says():
+    template = Template(byte_level(TEMPLATES["chatml"]))
+    for named, more in ((7, (7,)), ([7, 9, template.stops[0]], (7, 9)), (None, ())):
+        model = model_of("llama")
+        model.generation_config.eos_token_id = named
+        assert stops_of(template, model) == (*template.stops, *more)

@@ -1,11 +1,11 @@
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 
 from rankwise.data.corpus import Corpus
+from rankwise.data.template import Template
+from rankwise.frozen.load import load_base
 from rankwise.jobs import samples
-from tests.data.chat import TEMPLATES, byte_level
+from rankwise.surgery.bank import Bank
 
 
 def corpus(prompts):
@@ -16,22 +16,19 @@ def corpus(prompts):
     return Corpus(np.full(sum(lengths), 99, dtype=np.int32), mask, np.cumsum([0, *lengths]), origins, ("a",))
 
 
-def test_samples_are_chosen_among_documents_whose_prompt_fits(monkeypatch):
-    monkeypatch.setattr(samples, "answer", lambda *a, **k: "x")
-    tokenizer = byte_level(TEMPLATES["chatml"])
-    long, bank = 2 * samples._LONGEST_PROMPT, SimpleNamespace(model=None)
-    told = []
-    found = samples.sample_answers(
-        bank, "a", tokenizer, samples.Template(tokenizer), corpus([long, 5, long, 6, 7, long, long]), told.append
-    )
-    assert len(found) == 3
-    assert told[-1] == pytest.approx(1.0)
-    none = samples.sample_answers(bank, "a", tokenizer, samples.Template(tokenizer), corpus([long]), told.append)
-    assert none == []
+def test_samples_are_chosen_among_documents_whose_prompt_fits(world, adapter):
+    base = load_base(world / "llama")
+    long, told = 2 * samples._LONGEST_PROMPT, []
+    with Bank(base.model) as bank:
+        bank.load("a", adapter)
 
+        def sampled(prompts):
+            return samples.sample_answers(
+                bank, "a", base.tokenizer, Template(base.tokenizer), corpus(prompts), told.append
+            )
 
-def test_an_answer_also_ends_where_the_model_says():
-    template = samples.Template(byte_level(TEMPLATES["chatml"]))
-    for named, more in ((7, (7,)), ([7, 9, template.stops[0]], (7, 9)), (None, ())):
-        model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=named))
-        assert samples.stops_of(template, model) == (*template.stops, *more)
+        found = sampled([long, 5, long, 6, 7, long, long])
+        assert len(found) == 3
+        assert [len(one["prompt"]) for one in found] == [5, 6, 7]  # one byte a token
+        assert told[-1] == pytest.approx(1.0)
+        assert sampled([long]) == []

@@ -144,21 +144,6 @@ def test_dropout_acts_in_training_only_and_its_mask_follows_the_tick():
         assert not torch.equal(drawn[0], calm[0])
 
 
-def test_a_checkpointed_layer_meets_the_same_mask_again():
-    gradients = []
-    for checkpointed in (False, True):
-        model = tiny("llama").train()
-        with Bank(model) as bank:
-            trained(bank, "a", spec("minimal", dropout=0.5))
-            if checkpointed:
-                model.gradient_checkpointing_enable({"use_reentrant": False})
-            with bank.use("a"):
-                output(model, words(2)).square().mean().backward()
-            gradients.append([p.grad for _, p in bank.named_parameters("a")])
-    for plain, again in zip(*gradients, strict=True):
-        assert relative(again, plain) < 1e-5
-
-
 def test_while_merged_only_the_merged_adapter_can_be_routed():
     model = tiny("llama")
     with Bank(model) as bank:

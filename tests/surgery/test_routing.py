@@ -97,7 +97,8 @@ def test_each_pass_under_one_route_draws_its_own_mask():
         assert torch.equal(fixed[0], fixed[2])
 
 
-def test_recomputation_of_a_later_pass_meets_its_own_mask():
+@pytest.mark.parametrize("passes", [1, 2])
+def test_recomputation_meets_the_mask_of_its_own_pass(passes):
     gradients = []
     for checkpointed in (False, True):
         model = tiny("llama").train()
@@ -106,7 +107,7 @@ def test_recomputation_of_a_later_pass_meets_its_own_mask():
             if checkpointed:
                 model.gradient_checkpointing_enable({"use_reentrant": False})
             with bank.use("a"):
-                for _ in range(2):
+                for _ in range(passes):
                     output(model, words(2)).square().mean().backward()
             gradients.append([p.grad for _, p in bank.named_parameters("a")])
     for plain, again in zip(*gradients, strict=True):
