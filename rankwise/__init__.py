@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rankwise.engine.run import Loop, Run
     from rankwise.errors import RankwiseError, RankwiseWarning
     from rankwise.frozen.load import Base, load_base
+    from rankwise.planning.plan import plan
     from rankwise.surgery.bank import Bank
 
 _HOMES = {
@@ -39,6 +40,7 @@ _HOMES = {
     "evaluate": "engine.evaluate",
     "held_folder": "engine.folder",
     "load_base": "frozen.load",
+    "plan": "planning.plan",
     "prepare": "data.prepare",
     "split": "data.split",
     "train": "engine.loop",
@@ -60,6 +62,7 @@ __all__ = [
     "evaluate",
     "held_folder",
     "load_base",
+    "plan",
     "prepare",
     "split",
     "train",

@@ -22,6 +22,7 @@ from tests.models import tiny
 
 HOUSE = Path(rankwise.__file__).parent
 TORCH_FREE = ["settings", "errors", "cache", "adapters.spec", "adapters.scaling", "adapters.presets", "engine.run"]
+PLANNING = [f"planning.{path.stem}" for path in sorted((HOUSE / "planning").glob("*.py")) if path.stem != "__init__"]
 REPORTS = [f"reports.{path.stem}" for path in sorted((HOUSE / "reports").glob("*.py")) if path.stem != "__init__"]
 
 
@@ -40,9 +41,11 @@ print(json.dumps(found))
     return json.loads(done.stdout)
 
 
-def test_reports_and_what_is_asked_for_know_no_torch():
+def test_reports_plans_and_what_is_asked_for_know_no_torch():
     assert len(REPORTS) > 5
-    assert loaded_by([*TORCH_FREE, *REPORTS]) == {name: [] for name in [*TORCH_FREE, *REPORTS]}
+    assert len(PLANNING) > 5
+    free = [*TORCH_FREE, *REPORTS, *PLANNING]
+    assert loaded_by(free) == {name: [] for name in free}
 
 
 @pytest.fixture(scope="session")

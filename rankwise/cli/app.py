@@ -21,6 +21,7 @@ from rankwise.cli.doctor import doctor
 from rankwise.cli.evaluate import evaluate
 from rankwise.cli.inspect import inspect
 from rankwise.cli.merge import merge
+from rankwise.cli.plan import plan
 from rankwise.cli.quickstart import quickstart
 from rankwise.cli.train import train
 from rankwise.engine.interrupt import Interrupt, Interrupted
@@ -40,7 +41,7 @@ def _help(verb: Callable[..., None]) -> str:
     return re.sub("^(?=Examples?:$)", "\b\n", cleandoc(verb.__doc__ or ""), flags=re.M)
 
 
-for verb in (quickstart, train, evaluate, chat, merge, inspect, doctor):
+for verb in (quickstart, train, evaluate, chat, merge, inspect, plan, doctor):
     app.command(help=_help(verb))(verb)
 
 

@@ -14,6 +14,7 @@ import torch
 
 from rankwise.frozen.precision import Precision
 from rankwise.kernels.library import native
+from rankwise.planning.process import most_resident_bytes
 
 _NAMED = ("rankwise", "torch", "transformers", "safetensors", "tokenizers", "numpy")
 
@@ -54,7 +55,10 @@ def processor_name() -> str:
 
 
 def peak_memory_bytes() -> int:
-    """The highest resident size of this process so far."""
+    """The highest resident size of this program so far."""
+    known = most_resident_bytes()
+    if known:
+        return known
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kibibytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

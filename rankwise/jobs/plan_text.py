@@ -9,13 +9,22 @@ from rankwise.data.template import Template
 from rankwise.frozen.load import Base
 from rankwise.jobs.documents import Documents
 from rankwise.jobs.request import TrainRequest
+from rankwise.planning.amounts import shown
+from rankwise.planning.memory import Memory
 from rankwise.surgery.bank import Bank
 from rankwise.texts import plain
 
 _SHOWN_TOKENS = 160
 
 
-def plan_text(request: TrainRequest, base: Base, bank: Bank, documents: Documents, template: Template) -> str:
+def plan_text(
+    request: TrainRequest,
+    base: Base,
+    bank: Bank,
+    documents: Documents,
+    template: Template,
+    memory: Memory | None,
+) -> str:
     """Rich markup; trained tokens of the shown row are highlighted."""
     adapter = bank.adapter(bank.names[0])
     kinds = Counter((path.rsplit(".", 1)[-1], f.rank, f.scale) for path, f in adapter.sites.items())
@@ -31,12 +40,25 @@ def plan_text(request: TrainRequest, base: Base, bank: Bank, documents: Document
         ),
         *(f"            {path}: trained whole" for path in adapter.modules),
         *(f"[bold]{name:9}[/bold] {_counted(name, documents.facts)}" for name in documents.facts),
+        *([_memory(memory)] if memory is not None else []),
         "[bold]settings[/bold]",
         *(f"  {row['name']:15} {_shown(row['value']):14} [dim]{row['reason']}[/dim]" for row in request.table()),
         "[bold]one row as it is trained[/bold] (trained tokens highlighted)",
         _row(documents, template),
     ]
     return "\n".join(lines)
+
+
+def _memory(memory: Memory) -> str:
+    trained = memory.adapters + memory.gradients + memory.optimiser
+    parts = {
+        "weights": memory.weights,
+        "adapter, gradients and optimiser": trained,
+        "activations": memory.activations + memory.working + memory.gaps,
+        "the process": memory.process,
+    }
+    named = ", ".join(f"{name} {shown(size)}" for name, size in parts.items() if size)
+    return f"[bold]memory[/bold]    {shown(memory.peak)} at most expected: {named}"
 
 
 def _counted(name: str, all_facts: dict[str, dict[str, Any]]) -> str:

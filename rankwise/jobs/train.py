@@ -30,6 +30,7 @@ from rankwise.frozen.load import Base, load_base
 from rankwise.jobs.documents import Documents, read_documents
 from rankwise.jobs.evaluate import evaluate_finite, load_adapter
 from rankwise.jobs.machine import machine_facts, peak_memory_bytes, versions
+from rankwise.jobs.plan import predicted_training
 from rankwise.jobs.plan_text import plan_text
 from rankwise.jobs.request import TrainRequest
 from rankwise.jobs.samples import sample_answers
@@ -83,11 +84,13 @@ def _run(request: TrainRequest, folder: RunFolder, watch: Watch) -> dict[str, An
             bank.add(ADAPTER, request.spec, seed=request.seed)
         else:
             load_adapter(bank, ADAPTER, request.continue_from, base, template, force=request.force)
-        watch.say(plan_text(request, base, bank, documents, template))
+        memory = predicted_training(request, base, bank, documents.train)
+        watch.say(plan_text(request, base, bank, documents, template, memory))
         began = time.monotonic()
         outcome = _train(bank, request, documents, folder, watch)
         facts = _facts(request, base, documents, template) | {
             "training": _training_facts(folder, outcome, time.monotonic() - began, len(documents.train.tokens))
+            | {"predicted_memory_bytes": memory.peak if memory is not None else None}
         }
         bank.save(ADAPTER, request.out, facts)
         if outcome.failed:

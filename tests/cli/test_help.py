@@ -25,6 +25,7 @@ PROMISED = {  # what others script against
     "chat": "--model --adapter --json",
     "merge": "--model --adapter --out --json",
     "inspect": "DIR|MODEL --json",
+    "plan": "--model --method --rank --targets --batch-tokens --memory --measure --json",
     "doctor": "--json",
 }
 

@@ -1,0 +1,1 @@
+"""Memory known before it is spent, from shapes alone."""

@@ -1,0 +1,205 @@
+"""The memory of a configuration, part by part, from shapes alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from rankwise.adapters.presets import TARGET_ROLES
+from rankwise.adapters.spec import LoraSpec, matching_pattern
+from rankwise.errors import SpecError, TargetError, nearest
+from rankwise.planning.block import Block, blocks_of
+from rankwise.planning.heap import Tape, most_alive, most_resident
+from rankwise.planning.held import held_of, sites_of
+from rankwise.planning.passes import Manner, Pass
+from rankwise.planning.process import ASSUMED
+from rankwise.planning.request import CHUNK_BYTES, LEAST_CHUNK, MICRO_TOKENS, Machine, PlanRequest
+from rankwise.planning.shapes import Shapes, Tensor
+
+_STEPS = 2  # the second is the first that has both gradients and moments
+_MICRO_BATCHES = 2  # of a step that are played through: later ones find the heap as the second left it
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one configuration; the parts add up to `peak`, unless loading takes more.
+
+    Attributes:
+        weights: the frozen base (in full fine-tuning: the copy that is multiplied).
+        adapters: float32 masters of what is trained.
+        gradients, optimiser: of what is trained, float32.
+        activations: what autograd keeps at the end of the forward pass.
+        working: the largest passing need on top: the chunk of logits, or gradients of the widest block.
+        gaps: free room inside the heap of a C library that gives nothing back; 0 on a GPU.
+        process: Python, torch and what they loaded; 0 on a GPU.
+        loss_chunk: the logits that exist at once (part of `working`, or less than it).
+        loading: the peak while weights are read.
+    """
+
+    weights: int
+    adapters: int
+    gradients: int
+    optimiser: int
+    activations: int
+    working: int
+    gaps: int
+    process: int
+    loss_chunk: int
+    loading: int
+
+    @property
+    def step(self) -> int:
+        held = self.weights + self.adapters + self.gradients + self.optimiser
+        return held + self.activations + self.working + self.gaps + self.process
+
+    @property
+    def peak(self) -> int:
+        return max(self.step, self.loading)
+
+    def to_json(self) -> dict[str, int]:
+        return {**asdict(self), "peak": self.peak}
+
+
+def ranks_of(shapes: Shapes, request: PlanRequest) -> dict[str, int]:
+    """Path → rank of the layers that the request's targets mean; as surgery/sites.py chooses them.
+
+    Raises:
+        TargetError: the targets, or a name or pattern among them, match nothing.
+    """
+    sites = {tensor.layer: tensor for tensor in shapes.tensors if tensor.role is not None}
+    chosen = _chosen(sites, request.targets)
+    unused = [
+        key for key in request.rank_pattern if key not in {matching_pattern(request.rank_pattern, p) for p in chosen}
+    ]
+    leaves = sorted({path.rsplit(".", 1)[-1] for path in sites})
+    if not chosen or unused:
+        what = f"rank_pattern {unused[0]!r} matches none of the targeted layers" if chosen else "no layer is targeted"
+        raise TargetError(f"{what}: {request.targets!r}", hint=f"layers here: {', '.join(leaves)}")
+    spec = LoraSpec(rank=request.rank, rank_pattern=request.rank_pattern)
+    return {path: spec.rank_at(path) for path in chosen}
+
+
+def _chosen(sites: Mapping[str, Tensor], targets: str | tuple[str, ...]) -> list[str]:
+    if isinstance(targets, str):
+        roles = TARGET_ROLES.get(targets)
+        if roles is not None:
+            return [path for path, tensor in sites.items() if tensor.role in roles]
+        return [path for path in sites if matching_pattern({targets: 0}, path) and _whole(targets, path)]
+    missing = [name for name in targets if not any(_called(name, path) for path in sites)]
+    if missing:
+        leaves = sorted({path.rsplit(".", 1)[-1] for path in sites})
+        near = nearest(missing[0], leaves)
+        raise TargetError(f"{missing[0]!r} matches no layer{near}", hint=f"layers here: {', '.join(leaves)}")
+    return [path for path in sites if any(_called(name, path) for name in targets)]
+
+
+def _whole(pattern: str, path: str) -> bool:
+    return re.fullmatch(pattern, path) is not None
+
+
+def _called(name: str, path: str) -> bool:
+    return path == name or path.endswith(f".{name}")
+
+
+def memory_of(shapes: Shapes, request: PlanRequest, machine: Machine, process: int | None = None) -> Memory:
+    """Bytes of one configuration.
+
+    Args:
+        process: what was measured in this process; None takes the assumption.
+
+    Raises:
+        TargetError: the targets match nothing.
+        SpecError: full fine-tuning of quantised weights.
+    """
+    if request.form == "full" and request.held_as != "dense":
+        raise SpecError("weights in 8 or 4 bits are not trained themselves", hint="leave out storage, or take qlora")
+    ranks = {} if request.form == "full" else ranks_of(shapes, request)
+    held = held_of(shapes, ranks, request.form, request.held_as, machine.width)
+    manner, blocks = _manner(shapes, request, machine), blocks_of(shapes, ranks)
+    kept, most, resident = _played(blocks, manner, request, machine.device == "cpu", full=request.form == "full")
+    own = process if process is not None else ASSUMED
+    own = own if machine.device == "cpu" else 0
+    stays = 0 if request.form == "full" else _factor_bytes(shapes, ranks)  # gradients and moments are on the tape
+    return Memory(
+        weights=held.weights,
+        adapters=held.adapters,
+        gradients=held.gradients,
+        optimiser=held.optimiser,
+        activations=kept,
+        working=max(0, most - kept - 3 * stays),
+        gaps=resident - most,
+        process=own,
+        loss_chunk=min(manner.chunk, manner.supervised) * manner.classes * machine.width,
+        loading=_loading(shapes, held.weights, machine, own),
+    )
+
+
+def _factor_bytes(shapes: Shapes, ranks: Mapping[str, int]) -> int:
+    linear = [site for site in sites_of(shapes, ranks) if site.kind in ("linear", "conv1d") and _in_block(site)]
+    return sum(4 * ranks[site.layer] * (site.inputs + site.outputs) for site in linear)
+
+
+def _in_block(site: Tensor) -> bool:
+    return any(part.isdigit() for part in site.name.split("."))
+
+
+def _manner(shapes: Shapes, request: PlanRequest, machine: Machine) -> Manner:
+    micro = request.micro_tokens or MICRO_TOKENS[machine.device]
+    tokens = max(min(micro, request.batch_tokens), 1)
+    classes = shapes.sizes["vocab"] or 1
+    width = 4 if request.form == "full" else machine.width  # a head that is trained gives float32 logits
+    return Manner(
+        tokens=tokens,
+        documents=max(1, round(tokens / request.document_tokens)),
+        width=machine.width,
+        compiled=machine.compiled,
+        form=request.form,
+        supervised=max(1, round(tokens * request.supervised)),
+        chunk=max(LEAST_CHUNK, CHUNK_BYTES[machine.device] // (classes * width)),
+        classes=classes,
+        dropout=request.dropout > 0,
+        quantised=request.held_as != "dense",
+        checkpointing=request.checkpointing,
+        layer_norm=shapes.family.norm == "layer",
+    )
+
+
+def _played(
+    blocks: list[Block], manner: Manner, request: PlanRequest, heap: bool, *, full: bool
+) -> tuple[int, int, int]:
+    """Kept at the end of the forward pass; most alive; most resident, which without a heap is the same."""
+    tape, kept = Tape(), 0
+    if not heap:  # nothing is left behind by the first step but gradients and moments
+        if not full:
+            _stay(tape, blocks, gradients=True)
+            _stay(tape, blocks)
+        begun = Pass(tape, blocks, manner, first=False)
+        begun.run()
+        most = most_alive(tape.events)
+        return begun.kept, most, most
+    batches = min(_MICRO_BATCHES, -(-request.batch_tokens // manner.tokens))
+    for step in range(_STEPS):
+        for number in range(batches):
+            begun = Pass(tape, blocks, manner, first=not full and step == 0 and number == 0)
+            begun.run()
+            kept = begun.kept
+        if step == 0 and not full:
+            _stay(tape, blocks)
+    most = most_alive(tape.events)
+    return kept, most, most_resident(tape.events)
+
+
+def _stay(tape: Tape, blocks: list[Block], *, gradients: bool = False) -> None:
+    """The optimiser's two moments of every factor, or its gradient."""
+    for block in blocks:
+        for linear in (*block.into, *block.out, *block.up, *block.down):
+            for side in (linear.inputs, linear.outputs) if linear.rank else ():
+                for _ in range(1 if gradients else 2):
+                    tape.new(4 * linear.rank * side)
+
+
+def _loading(shapes: Shapes, weights: int, machine: Machine, process: int) -> int:
+    """Weights that are held in another format than on disk lie in memory twice while they are converted."""
+    converted = shapes.stored_bytes and shapes.stored_bytes != weights
+    return process + weights + (shapes.stored_bytes if converted and machine.device == "cpu" else 0)
