@@ -10,10 +10,11 @@ from torch import nn
 from rankwise.adapters.spec import LoraSpec
 from rankwise.surgery.bank import Bank
 
-FORMS = ("lora",)
+FORMS = ("lora", "dora")
 SCALINGS = ("alpha/r", "alpha/sqrt(r)", "alpha")
 STORAGES = ("dense",)
 STARTS = ("kaiming", "gaussian")
+RESIDUAL_STARTS = ("pissa", "olora")
 DTYPES = (torch.float32, torch.bfloat16)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import itemgetter
 
 import torch
@@ -45,13 +45,16 @@ class Adapter:
     expects: Mapping[str, Tensor] = field(default_factory=dict)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor under a stable name: `<site>.A`, `<site>.B`, `<module>.<parameter>`."""
+        """Every tensor under a stable name: `<site>.A`, `<site>.B`, …, `<module>.<parameter>`."""
         for path, factors in self.sites.items():
-            yield f"{path}.A", factors.A.detach()
-            yield f"{path}.B", factors.B.detach()
+            yield from ((f"{path}.{name}", tensor) for name, tensor in factors.named_tensors())
         for path, parameters in self.modules.items():
             for name, tensor in parameters.items():
                 yield f"{path}.{name}", tensor.detach()
+
+    def plain(self) -> Adapter:
+        """The same in the tensors that every tool can read: residual starts are written out."""
+        return replace(self, sites={path: factors.plain() for path, factors in self.sites.items()})
 
     def parameter_count(self) -> int:
         return sum(tensor.numel() for _, tensor in self.tensors())

@@ -1,4 +1,10 @@
-"""Form `lora`: ΔW = s·B·A (arXiv:2106.09685, equation 3), for weights of any number of dimensions.
+"""What an adapter does to one weight W `[O, I, *K]`, of any number of dimensions.
+
+    form lora    W + s·B·A                                  arXiv:2106.09685, equation 3
+    form dora    m ∘ (W + s·B·A) / ‖W + s·B·A‖              arXiv:2402.09353, equation 5, norms by output
+
+A residual start (PiSSA, OLoRA) has factors A₀ and B₀ that are not zero, and the base is never changed for it: what
+was there at the start is taken off again, so B·A above stands for B·A - B₀·A₀.
 
 Shape letters: O outputs, I inputs, R rank, K the kernel of a convolution (none for linear layers and embeddings).
 An embedding is the linear map from one-hot words to vectors: I words, O features.
@@ -6,6 +12,7 @@ An embedding is the linear map from one-hot words to vectors: I words, O feature
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -30,31 +37,116 @@ class SiteShape:
 
 
 class LowRank(nn.Module):
-    """One site's factors: float32 masters A and B, the factor s, and the dropout of the branch."""
+    """One site's factors: float32 masters A and B, the factor s, the dropout of the branch, and what a form adds.
 
-    def __init__(self, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0) -> None:
+    Args:
+        A, B: `[R, I, *K]` and `[O, R, *1]`.
+        m: magnitudes `[O]` of form `dora`.
+        residual: whether A and B as they are now are to be taken off.
+    """
+
+    A0: Tensor | None
+    B0: Tensor | None
+    squares: Tensor | None
+
+    def __init__(
+        self,
+        A: Tensor,
+        B: Tensor,
+        scale: float,
+        dropout: float = 0.0,
+        *,
+        m: Tensor | None = None,
+        residual: bool = False,
+    ) -> None:
         super().__init__()
+        self.register_buffer("A0", A.clone() if residual else None)
+        self.register_buffer("B0", B.clone() if residual else None)
+        self.register_buffer("squares", None, persistent=False)
         self.A = nn.Parameter(A)
         self.B = nn.Parameter(B)
+        self.m = None if m is None else nn.Parameter(m)
         self.scale = scale
         self.dropout = dropout
 
     @property
     def rank(self) -> int:
+        """Of what is trained; `plain` has twice as much after a residual start."""
         return self.A.shape[0]
 
     @property
     def shape(self) -> SiteShape:
         return SiteShape(self.B.shape[0], self.A.shape[1], tuple(self.A.shape[2:]))
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B of the whole low-rank part, residual included; autograd reaches the parameters through them."""
+        if self.A0 is None or self.B0 is None:
+            return self.A, self.B
+        return torch.cat([self.A, self.A0]), torch.cat([self.B, -self.B0], dim=1)
+
+    def plain(self) -> LowRank:
+        """The same without a residual, as every tool can read it."""
+        if self.A0 is None:
+            return self
+        A, B = (factor.detach() for factor in self.factors())
+        return LowRank(A, B, self.scale, self.dropout, m=None if self.m is None else self.m.detach())
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All it is made of, under the names they have in a digest."""
+        yield from self.state_dict().items()
+
     @torch.no_grad()
     def delta(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """ΔW, `[O, I, *K]`."""
-        A, B = self.A.to(dtype).flatten(1), self.B.to(dtype).flatten(1)
-        return (B @ A).mul_(self.scale).unflatten(1, self.A.shape[1:])
+        """s·B·A, `[O, I, *K]`."""
+        A, B = (factor.to(dtype) for factor in self.factors())
+        return (B.flatten(1) @ A.flatten(1)).mul_(self.scale).unflatten(1, A.shape[1:])
 
     @torch.no_grad()
     def delta_norm(self) -> float:
-        """‖ΔW‖ (Frobenius) from the two R × R Gram matrices: ‖B·A‖² = ⟨BᵀB, AAᵀ⟩; no `[O, I]` matrix is made."""
-        A, B = self.A.double().flatten(1), self.B.double().flatten(1)
+        """‖s·B·A‖ (Frobenius) from two R × R Gram matrices: ‖B·A‖² = ⟨BᵀB, AAᵀ⟩; no `[O, I]` matrix is made."""
+        A, B = (factor.double().flatten(1) for factor in self.factors())
         return abs(self.scale) * float(((B.t() @ B) * (A @ A.t())).sum().clamp(min=0).sqrt())
+
+    # ── form dora ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @torch.no_grad()
+    def meet(self, weight: Tensor) -> None:
+        """Takes in what never changes of the base's weight, `[O, I, *K]`, before the first `norms`."""
+        if self.m is not None:
+            self.squares = row_squares(weight)
+
+    @torch.no_grad()
+    def norms(self, weight: Tensor) -> Tensor:
+        """‖W + s·B·A‖ by output, `[O]`: a constant to the gradient, as in the paper's §4.3.
+
+        ‖W‖² + 2s⟨B, W·Aᵀ⟩ + s²·⟨B·(A·Aᵀ), B⟩ by rows: no matrix of the size of W is made.
+        """
+        known = row_squares(weight) if self.squares is None else self.squares
+        A, B = (factor.flatten(1).to(known.dtype) for factor in self.factors())
+        cross = (weight.flatten(1) @ A.t().to(weight.dtype)).to(B.dtype)
+        squares = known + 2 * self.scale * (B * cross).sum(1) + self.scale**2 * ((B @ (A @ A.t())) * B).sum(1)
+        return squares.clamp(min=0).sqrt()
+
+    @torch.no_grad()
+    def applied(self, weight: Tensor) -> Tensor:
+        """What W `[O, I, *K]` becomes, computed in its own type."""
+        changed = weight + self.delta(weight.dtype)
+        if self.m is None:
+            return changed
+        gain = self.m.to(weight.dtype) / changed.flatten(1).norm(dim=1)
+        return changed * gain.view(-1, *(1 for _ in weight.shape[1:]))
+
+    @torch.no_grad()
+    def changes_nothing(self) -> bool:
+        """Whether W stays W; of form `dora` it can be told only after `meet`."""
+        if self.delta_norm():
+            return False
+        return self.m is None or (
+            self.squares is not None and bool(torch.allclose(self.m, self.squares.sqrt().float()))
+        )
+
+
+def row_squares(weight: Tensor) -> Tensor:
+    """‖W‖² by output of a weight `[O, I, *K]`, in float32 or float64: what magnitudes begin as the root of."""
+    wide = weight.detach().flatten(1)
+    return (wide if wide.dtype == torch.float64 else wide.float()).square().sum(1)

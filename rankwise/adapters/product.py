@@ -1,8 +1,8 @@
 """The fused low-rank product: one pass over the frozen weight, then each segment of rows through its own A and B.
 
-    y[n] = x[n]·Wᵀ + bias + s·(drop(x[n])·Aᵀ)·Bᵀ        for the rows n of a segment
+    y[n] = gain ∘ (x[n]·Wᵀ + s·(drop(x[n])·Aᵀ)·Bᵀ) + bias        for the rows n of a segment
 
-Shape letters: N rows, I inputs, O outputs, R rank.  W is [O, I], A [R, I], B [O, R].
+Shape letters: N rows, I inputs, O outputs, R rank.  W is [O, I], A [R, I], B [O, R], gain [O] or none.
 
 What makes it fast and light (accounting in docs/engine.md): the low-rank part is added into the output of the base
 product; no gradient of W is ever made; nothing of the size of y is kept; A and B are float32 masters,
@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rankwise.kernels.gain import gain_gradients, scale_columns
+
 
 @dataclass(frozen=True)
 class Part:
@@ -31,6 +33,7 @@ class Part:
     scale: float
     dropout: float = 0.0
     keep: Tensor | None = None
+    gain: Tensor | None = None
 
 
 def low_rank_product(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[Part]) -> Tensor:
@@ -38,9 +41,9 @@ def low_rank_product(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequ
 
     Rows in no part pass through the base alone.  `weight` and `bias` are constants.
     """
-    if not (torch.is_grad_enabled() and (x.requires_grad or any(p.A.requires_grad for p in parts))):
+    factors = [t for part in parts for t in (part.A, part.B, part.gain)]
+    if not (torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in factors))):
         return _forward(x, weight, bias, parts, [])
-    factors = [t for part in parts for t in (part.A, part.B)]
     return _LowRankProduct.apply(x, weight, bias, tuple(parts), *factors)
 
 
@@ -57,6 +60,8 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[Par
         A, B = part.A.detach().to(x.dtype), part.B.detach().to(x.dtype)
         shrink = _dropped(flat_x[rows], part) @ A.t()
         flat_y[rows].addmm_(shrink, B.t(), alpha=part.scale)
+        if part.gain is not None:
+            scale_columns(flat_y[rows], part.gain.detach(), bias)
         kept += (A, B, shrink)
     return y
 
@@ -64,33 +69,38 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[Par
 class _LowRankProduct(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, parts: tuple[Part, ...], *factors: Tensor
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, parts: tuple[Part, ...], *factors: Tensor | None
     ) -> Tensor:
         kept: list[Tensor] = []
         y = _forward(x, weight, bias, parts, kept)
-        ctx.save_for_backward(x, weight, *kept)
+        gains = [part.gain for part in parts]
+        # The gradient of a gain needs what the gain was applied to, which y itself tells.
+        ctx.save_for_backward(x, weight, bias, y if any(g is not None for g in gains) else None, *gains, *kept)
         ctx.parts = [(part.start, part.stop, part.scale, part.dropout, part.keep) for part in parts]
-        ctx.master = [factor.dtype for factor in factors]
+        ctx.master = [factor.dtype if factor is not None else None for factor in factors]
         ctx.set_materialize_grads(False)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (g,) = grads
-        x, weight, *kept = ctx.saved_tensors
-        count, shape = len(ctx.parts), x.shape
+        count = len(ctx.parts)
         if g is None:
-            return (None,) * (4 + 2 * count)
+            return (None,) * (4 + 3 * count)
+        x, weight, bias, y, *kept = ctx.saved_tensors
+        gains, kept, shape = kept[:count], kept[count:], x.shape
         x, g = x.reshape(-1, shape[-1]), g.reshape(-1, g.shape[-1])
+        g, d_gains = _through_gains(g, y, bias, ctx.parts, gains)  # a gain's gradient has its type
         dx = g @ weight if ctx.needs_input_grad[0] else None
         found: list[Tensor | None] = []
         for i, (start, stop, scale, dropout, keep) in enumerate(ctx.parts):
             A, B, shrink = kept[3 * i : 3 * i + 3]
             rows, part = slice(start, stop), Part(start, stop, A, B, scale, dropout, keep)
             d_shrink = (g[rows] @ B).mul_(scale)
-            needs_A, needs_B = ctx.needs_input_grad[4 + 2 * i : 6 + 2 * i]
-            found.append((d_shrink.t() @ _dropped(x[rows], part)).to(ctx.master[2 * i]) if needs_A else None)
-            found.append((shrink.t() @ g[rows]).t().to(ctx.master[2 * i + 1]).mul_(scale) if needs_B else None)
+            needs_A, needs_B = ctx.needs_input_grad[4 + 3 * i : 6 + 3 * i]
+            found.append((d_shrink.t() @ _dropped(x[rows], part)).to(ctx.master[3 * i]) if needs_A else None)
+            found.append((shrink.t() @ g[rows]).t().to(ctx.master[3 * i + 1]).mul_(scale) if needs_B else None)
+            found.append(d_gains[i])
             if dx is None:
                 continue
             if keep is None:
@@ -98,3 +108,24 @@ class _LowRankProduct(torch.autograd.Function):
             else:
                 dx[rows].add_(_dropped(d_shrink @ A, part))
         return (None if dx is None else dx.view(shape), None, None, None, *found)
+
+
+def _through_gains(
+    g: Tensor, y: Tensor | None, bias: Tensor | None, parts: Sequence[Any], gains: Sequence[Tensor | None]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The gradient of what the gains were applied to, `[N, O]`, and of each gain."""
+    if y is None:
+        return g, [None] * len(gains)
+    flat_y, through = y.reshape(g.shape), torch.empty_like(g, memory_format=torch.contiguous_format)
+    found: list[Tensor | None] = []
+    done = 0
+    for (start, stop, *_), gain in zip(parts, gains, strict=True):
+        through[done:start] = g[done:start]
+        done = stop
+        if gain is None:
+            through[start:stop] = g[start:stop]
+            found.append(None)
+        else:
+            found.append(gain_gradients(g[start:stop], flat_y[start:stop], gain, bias, through[start:stop]))
+    through[done:] = g[done:]
+    return through, found

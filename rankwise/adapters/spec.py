@@ -1,10 +1,10 @@
 """What is asked for: the four axes, the sites, the start.  Torch-free.
 
 axis      choices                                   the names people know
-form      lora                                      LoRA
+form      lora · dora                               LoRA · DoRA
 scaling   alpha/r · alpha/sqrt(r) · alpha           LoRA · rsLoRA · direct
 storage   dense                                     16- or 32-bit base
-rates     one                                       one learning rate for A and B
+rates     engine/run.py: lr_ratio                   LoRA+ (a ratio of 1 is AdamW)
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ def _readable_patterns(patterns: dict[str, Any]) -> dict[str, Any]:
     return patterns
 
 
+Form = Literal["lora", "dora"]
+Init = Literal["kaiming", "gaussian", "pissa", "olora"]
 Rank = Annotated[int, Field(ge=1)]
 Alpha = Annotated[float, Field(gt=0)]
 Targets = Annotated[str | tuple[str, ...], AfterValidator(readable_targets)]
@@ -57,9 +59,10 @@ class LoraSpec(Settings):
         alpha: numerator of the scale at every site that `alpha_pattern` does not name.
         targets: a preset (`minimal`, `attention`, `mlp`, `all-linear`), a list of layer names (whole paths or their
             last parts), or a regular expression that matches whole paths.
-        form, scaling, storage, rates: the four axes.
+        form, scaling, storage: three of the four axes; the fourth is a run's (`Run.lr_ratio`).
         dropout: probability with which an input element of the adapter branch is zeroed in training.
-        init: how A starts; B starts at zero, so that training starts at the base (for embeddings A and B swap roles).
+        init: how A starts, with B at zero, so that training starts at the base (for embeddings A and B swap roles);
+            or, `pissa` and `olora`, A and B out of the weight, with the start taken off again: the base stays as it is.
         rank_pattern, alpha_pattern: pattern → value for single sites.  A pattern is a regular expression that matches
             the whole path or its last parts; the first match wins, as in PEFT.
         modules_to_save: layers trained whole, as copies, and stored with the adapter.
@@ -71,12 +74,11 @@ class LoraSpec(Settings):
     rank: Rank = 16
     alpha: Alpha = 32
     targets: Targets = "all-linear"
-    form: Literal["lora"] = "lora"
+    form: Form = "lora"
     scaling: Scaling = "alpha/r"
     storage: Literal["dense"] = "dense"
-    rates: Literal["one"] = "one"
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    init: Literal["kaiming", "gaussian"] = "kaiming"
+    init: Init = "kaiming"
     rank_pattern: RankPattern = Field(default_factory=dict)
     alpha_pattern: AlphaPattern = Field(default_factory=dict)
     modules_to_save: tuple[str, ...] = ()

@@ -1,8 +1,14 @@
-"""Starting values of A and B.  One of the two is zero, so that training starts at the base, to the bit.
+"""Starting values of A and B.
+
+One of the two is zero, so that training starts at the base, to the bit; or both are taken from the weight (residual
+starts), and what they are at the start is taken off again (`adapters/lowrank.py`), so that it starts there to rounding.
 
 Kaiming: A uniform within ±1/√fan_in, as loralib (`kaiming_uniform_` with a = √5).  Gaussian: A normal with deviation
 1/r, as PEFT.  Embeddings turn it round, as loralib does: a word's row of A is looked up, so A starts at zero and B is
 standard normal, under either name.
+
+PiSSA (arXiv:2404.02948): the R largest singular triplets, W ≈ s·B·A with B = U·√(S/s), A = √(S/s)·Vᵀ.
+OLoRA (arXiv:2406.01775): W = Q·R, B the first columns of Q, A the first rows of R.
 """
 
 from __future__ import annotations
@@ -13,6 +19,9 @@ import torch
 from torch import Tensor
 
 from rankwise.adapters.lowrank import SiteShape
+from rankwise.errors import SpecError
+
+RESIDUAL_STARTS = ("pissa", "olora")
 
 
 def start(
@@ -28,3 +37,37 @@ def start(
         bound = 1 / math.sqrt(torch.Size(shape_A[1:]).numel())
         A = torch.empty(shape_A).uniform_(-bound, bound, generator=generator)
     return A, torch.zeros(shape_B)
+
+
+def weight_start(init: str, weight: Tensor, rank: int, scale: float, path: str) -> tuple[Tensor, Tensor]:
+    """A and B of a residual start, float32 in main memory, from a weight `[O, I, *K]`; computed in float64.
+
+    Raises:
+        SpecError: the weight has fewer singular values than the rank asks for; names the site.
+    """
+    flat = weight.detach().flatten(1).cpu().double()
+    if rank > min(flat.shape):
+        raise SpecError(
+            f"{path}: init {init!r} takes rank {rank} out of a weight of {flat.shape[0]} × {flat.shape[1]}",
+            hint=f"at most rank {min(flat.shape)} there (rank_pattern), or another init",
+        )
+    if init == "pissa":
+        left, values, right = _largest_triplets(flat, rank)
+        roots = (values / scale).sqrt()
+        A, B = roots[:, None] * right, left * roots
+    else:
+        Q, R = torch.linalg.qr(flat)
+        A, B = R[:rank], Q[:, :rank]
+    return A.float().reshape(rank, *weight.shape[1:]), B.float().reshape(-1, rank, *(1 for _ in weight.shape[2:]))
+
+
+def _largest_triplets(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """U `[O, R]`, S `[R]`, Vᵀ `[R, I]` by eigenvectors of the smaller Gram matrix: sooner than an SVD."""
+    if matrix.shape[0] > matrix.shape[1]:
+        left, values, right = _largest_triplets(matrix.t(), rank)
+        return right.t(), values, left.t()
+    _, vectors = torch.linalg.eigh(matrix @ matrix.t())  # in ascending order
+    left = vectors[:, -rank:].flip(1)
+    projected = left.t() @ matrix
+    values = projected.norm(dim=1)
+    return left, values, projected / values.clamp(min=1e-30)[:, None]

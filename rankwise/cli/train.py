@@ -34,11 +34,13 @@ def train(
     ] = None,
     scaling: Annotated[str | None, _option("alpha/r, alpha/sqrt(r) or alpha [alpha/r].")] = None,
     dropout: Annotated[float | None, _option("Dropout of the adapter's input [0].")] = None,
-    init: Annotated[str | None, _option("kaiming or gaussian [kaiming].")] = None,
+    form: Annotated[str | None, _option("lora or dora [lora].")] = None,
+    init: Annotated[str | None, _option("kaiming, gaussian, pissa or olora [kaiming].")] = None,
     rank_pattern: Annotated[list[str] | None, _option("Other ranks; may be repeated.", metavar="NAME=RANK")] = None,
     alpha_pattern: Annotated[list[str] | None, _option("Other alphas; may be repeated.", metavar="NAME=ALPHA")] = None,
     modules_to_save: Annotated[str | None, _option("Modules trained whole, with commas.")] = None,
     lr: Annotated[float | None, _option("Peak learning rate [2e-4].")] = None,
+    lr_ratio: Annotated[float | None, _option("LoRA+: B learns at so many times --lr [1].")] = None,
     schedule: Annotated[str | None, _option("linear, cosine or constant [linear].")] = None,
     warmup: Annotated[float | None, _option("Share of the steps in which it rises [0.03].")] = None,
     weight_decay: Annotated[float | None, _option("AdamW's weight decay [0].")] = None,
@@ -96,5 +98,10 @@ def show(summary: dict[str, Any], watch: Any) -> None:
     watch.say(f"\n[bold]{plain(summary['verdict'])}[/bold]")
     watch.say(
         f"{training['steps']} steps, {training['tokens']:,} tokens at {training['tokens_per_second']:,.0f} tokens/s, "
-        f"{training['peak_memory_bytes'] / 1e9:.2f} GB at most; report: {plain(summary['report'])}"
+        f"{training['peak_memory_bytes'] / 1e9:.2f} GB at most{_expected(training)}; report: {plain(summary['report'])}"
     )
+
+
+def _expected(training: dict[str, Any]) -> str:
+    predicted = training.get("predicted_memory_bytes")
+    return f" ({predicted / 1e9:.2f} GB were expected)" if predicted else ""

@@ -17,6 +17,8 @@ class Run(Settings):
 
     Args:
         lr: peak learning rate, per optimiser step.
+        lr_ratio: LoRA+ (arXiv:2402.12354): B, and the magnitudes of form `dora`, learn at so many times `lr`; the
+            decay of B is relative to `lr` all the same.  1 is plain AdamW.
         schedule: how it falls after the warm-up: straight to 0, along a cosine to 0, or not at all.
         warmup: share of the steps over which it rises from 0.
         weight_decay: decoupled, per step and relative to the learning rate.
@@ -25,6 +27,7 @@ class Run(Settings):
     """
 
     lr: float = Field(default=2e-4, gt=0)
+    lr_ratio: float = Field(default=1.0, gt=0)
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup: float = Field(default=0.03, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)

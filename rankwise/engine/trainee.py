@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankwise.engine.rates import rates
 from rankwise.engine.run import Run
 from rankwise.surgery.bank import Bank
 
@@ -67,12 +68,12 @@ class Trainee:
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
             parameter.grad = None  # one that stays so was never reached
+        self.rates = rates(bank, name, run)
         self.optimiser = torch.optim.AdamW(
-            list(self.parameters.values()),
+            [{"params": [self.parameters[n] for n in r.names], "weight_decay": r.weight_decay} for r in self.rates],
             lr=run.lr,
             betas=run.betas,
             eps=run.eps,
-            weight_decay=run.weight_decay,
             fused=True,
         )
         self.guard = Guard()
@@ -86,8 +87,8 @@ class Trainee:
         norm = float(nn.utils.clip_grad_norm_(parameters, self.run.clip))
         finite = math.isfinite(norm)
         if finite:
-            for group in self.optimiser.param_groups:
-                group["lr"] = lr
+            for group, own in zip(self.optimiser.param_groups, self.rates, strict=True):
+                group["lr"] = lr * own.factor
             self.optimiser.step()
         self.forget()
         return norm if finite else None

@@ -23,14 +23,15 @@ from rankwise.formats.tensors import read_tensors, write_tensors, write_text
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _FROZEN = ".base_layer.weight"  # an embedding's own matrix, which PEFT stores along when the embedding is targeted
-_FACTOR = re.compile(r"(?P<path>.+)\.(?:lora_(?P<linear>[AB])\.weight|lora_embedding_(?P<lookup>[AB]))")
+_FACTOR = re.compile(
+    r"(?P<path>.+)\.(?:lora_(?P<linear>[AB])\.weight|lora_embedding_(?P<lookup>[AB])|lora_(?P<magnitude>m)agnitude_vector)"
+)
 
 # Keys that change what the stored tensors mean, with the values under which they change nothing.
 _MUST_BE: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
     "lora_bias": (False,),
-    "use_dora": (False,),
     "use_qalora": (False,),
     "use_bdlora": (None, False),
     "layer_replication": (None,),
@@ -47,7 +48,7 @@ _MUST_BE: dict[str, tuple[Any, ...]] = {
 # fmt: off
 _KNOWN = _MUST_BE.keys() | {
     "r", "lora_alpha", "target_modules", "use_rslora", "lora_dropout", "rank_pattern", "alpha_pattern",
-    "modules_to_save", "base_model_name_or_path", "revision", "task_type", "peft_version", "inference_mode",
+    "modules_to_save", "use_dora", "base_model_name_or_path", "revision", "task_type", "peft_version", "inference_mode",
     "fan_in_fan_out", "auto_mapping", "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights",
     "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "megatron_config",
     "megatron_core", "runtime_config",
@@ -69,15 +70,19 @@ def read_adapter(folder: Path) -> Adapter:
     factors, rest = _sorted_out(stored)
     spec = _spec(config)
     problems, sites = [], {}
+    wanted = {"A", "B", "m"} if spec.form == "dora" else {"A", "B"}
     for path, pair in factors.items():
-        if pair.keys() != {"A", "B"}:
-            problems.append(f"{path}: has {' and '.join(sorted(pair))} only, of A and B")
+        if not wanted <= pair.keys():
+            problems.append(f"{path}: has {', '.join(sorted(pair))} only, of {' and '.join(sorted(wanted))}")
+        elif pair.keys() > wanted:
+            problems.append(f"{path}: has magnitudes, but use_dora is not set in the config")
         elif pair["A"].shape[0] != pair["B"].shape[1]:
             problems.append(f"{path}: A has rank {pair['A'].shape[0]}, B rank {pair['B'].shape[1]}")
         elif pair["A"].shape[0] != spec.rank_at(path):
             problems.append(f"{path}: rank {pair['A'].shape[0]} in the tensors, {spec.rank_at(path)} in the config")
         else:
-            sites[path] = LowRank(pair["A"].float(), pair["B"].float(), spec.scale_at(path), spec.dropout)
+            m = pair["m"].float().reshape(-1) if "m" in pair else None
+            sites[path] = LowRank(pair["A"].float(), pair["B"].float(), spec.scale_at(path), spec.dropout, m=m)
     frozen = {key.removesuffix(_FROZEN): rest.pop(key) for key in list(rest) if key.endswith(_FROZEN)}
     modules, strangers = _modules(rest, spec.modules_to_save)
     problems += [f"{key}: neither a factor nor part of modules_to_save" for key in strangers]
@@ -120,6 +125,7 @@ def _spec(config: Mapping[str, Any]) -> LoraSpec:
         rank=config.get("r", 8),
         alpha=config.get("lora_alpha", 8),
         targets=targets if isinstance(targets, str) else tuple(sorted(targets)),
+        form="dora" if config.get("use_dora") else "lora",
         scaling="alpha/sqrt(r)" if config.get("use_rslora") else "alpha/r",
         dropout=config.get("lora_dropout") or 0.0,
         rank_pattern=config.get("rank_pattern") or {},
@@ -136,7 +142,7 @@ def _sorted_out(stored: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tenso
         name = key.removeprefix(_PREFIX)
         match = _FACTOR.fullmatch(name)
         if match:
-            factors.setdefault(match["path"], {})[match["linear"] or match["lookup"]] = tensor
+            factors.setdefault(match["path"], {})[match["linear"] or match["lookup"] or match["magnitude"]] = tensor
         else:
             rest[name] = tensor
     return factors, rest
@@ -177,6 +183,9 @@ def write_adapter(
     for path, factors in adapter.sites.items():
         stem = f"{_PREFIX}{path}.lora_" + ("embedding_{}" if kinds[path] == "embedding" else "{}.weight")
         tensors[stem.format("A")], tensors[stem.format("B")] = factors.A, factors.B
+        if factors.m is not None:  # PEFT keeps a convolution's magnitudes in the shape of its output
+            own = factors.m.view(1, -1, *(1 for _ in factors.shape.kernel)) if factors.shape.kernel else factors.m
+            tensors[f"{_PREFIX}{path}.lora_magnitude_vector"] = own
     for path, parameters in adapter.modules.items():
         tensors.update({f"{_PREFIX}{path}.{name}": tensor for name, tensor in parameters.items()})
     folder.mkdir(parents=True, exist_ok=True)
@@ -207,7 +216,7 @@ def _config(adapter: Adapter, modules: tuple[str, ...]) -> dict[str, Any]:
         "modules_to_save": list(adapter.modules) or None,
         "lora_dropout": spec.dropout,
         "use_rslora": rooted,
-        "use_dora": False,
+        "use_dora": spec.form == "dora",
         "bias": "none",
         "inference_mode": True,
         "init_lora_weights": True,

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from rankwise.adapters.presets import SCENARIOS, TARGET_ROLES
 from rankwise.adapters.scaling import Scaling
-from rankwise.adapters.spec import AlphaPattern, LoraSpec, RankPattern, readable_targets
+from rankwise.adapters.spec import AlphaPattern, Form, Init, LoraSpec, RankPattern, readable_targets
 from rankwise.errors import SpecError
 from rankwise.settings import Settings
 
@@ -68,7 +68,7 @@ Repeated = Annotated[tuple[str, ...], BeforeValidator(_one_or_many)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_by_commas)]
 
 _OF_SCENARIO = ("rank", "alpha", "targets")
-_OF_SPEC = ("rank", "scaling", "dropout", "init", "rank_pattern", "alpha_pattern", "modules_to_save")
+_OF_SPEC = ("rank", "form", "scaling", "dropout", "init", "rank_pattern", "alpha_pattern", "modules_to_save")
 _OF_ADAPTER = {"scenario", "alpha", "targets", *_OF_SPEC}  # what one that is trained further brings along
 
 
@@ -95,14 +95,16 @@ class TrainRequest(Settings):
     targets: Annotated[str | tuple[str, ...], AfterValidator(_targets)] = _default(
         "all-linear", "best quality in the guides; the q/v presets need less"
     )
+    form: Form = _default("lora", "LoRA; dora adds a magnitude for every output")
     scaling: Scaling = _default("alpha/r", "the original; alpha/sqrt(r) is rsLoRA's, for high ranks")
     dropout: float = _default(0.0, "data are seen about once; 0.05 to 0.1 helps when they are seen often", ge=0, lt=1)
-    init: Literal["kaiming", "gaussian"] = _default("kaiming", "as loralib and PEFT")
+    init: Init = _default("kaiming", "as loralib and PEFT; pissa and olora begin with the weight's own directions")
     rank_pattern: Annotated[RankPattern, BeforeValidator(_pairs)] = _default({}, "one rank everywhere")
     alpha_pattern: Annotated[AlphaPattern, BeforeValidator(_pairs)] = _default({}, "one alpha everywhere")
     modules_to_save: Names = _default((), "nothing is trained whole")
 
     lr: float = _default(2e-4, "inside the guides' range for LoRA, 1e-4 to 5e-4", gt=0)
+    lr_ratio: float = _default(1.0, "one rate for A and B; LoRA+ takes 2 to 16", gt=0)
     schedule: Literal["linear", "cosine", "constant"] = _default("linear", "falls to 0, so that the end is settled")
     warmup: float = _default(0.03, "AdamW's averages are young in the first steps", ge=0, lt=1)
     weight_decay: float = _default(0.0, "B starts at 0 and is small; decay matters over many epochs", ge=0)

@@ -33,6 +33,8 @@ _FUNCTIONS = {
     "attention_backward": (c_int, [Heads, Heads, Heads, Pointer, Pointer, Heads, *[Pointer] * 3, *_SHAPE]),
     "norm_forward": (None, [*[Pointer] * 4, Int, Int, Float, Float]),
     "norm_backward": (None, [*[Pointer] * 5, Int, Int, Float]),
+    "gain_forward": (None, [*[Pointer] * 3, Int, Int]),
+    "gain_backward": (c_int, [*[Pointer] * 5, Int, Int]),
     "gate_forward": (None, [*[Pointer] * 3, Int, Int]),
     "gate_backward": (None, [*[Pointer] * 5, Int, Int]),
     "rotary": (None, [*[Pointer] * 4, POINTER(c_int64), POINTER(c_int64), *[Int] * 6]),

@@ -4,6 +4,8 @@
  * bfloat16 in and out, float32 inside, so each result is rounded once.
  */
 #if defined(__x86_64__) && defined(__GNUC__)
+#include <omp.h>
+
 #include "vector.h"
 
 /* y = x / rms(x) · (offset + weight) over rows of `width`; `inverse` [rows] keeps 1/rms for the backward pass. */
@@ -47,6 +49,43 @@ void norm_backward(const bf16 *grad, const bf16 *x, const bf16 *weight, const fl
             store_some(grad_x + t * width + d, _mm512_fnmadd_ps(load_some(row + d, some), all(along), across), some);
         }
     }
+}
+
+/* y = gain ∘ y + offset over rows of `width`, in place; `offset` may be NULL. */
+void gain_forward(bf16 *y, const float *gain, const float *offset, i64 rows, i64 width) {
+#pragma omp parallel for
+    for (i64 t = 0; t < rows; t++)
+        for (i64 d = 0; d < width; d += LANES) {
+            __mmask16 some = lanes_left(d, width);
+            __m512 more = offset ? _mm512_maskz_loadu_ps(some, offset + d) : _mm512_setzero_ps();
+            bf16 *at = y + t * width + d;
+            store_some(at, _mm512_fmadd_ps(load_some(at, some), _mm512_maskz_loadu_ps(some, gain + d), more), some);
+        }
+}
+
+/* dz = gain ∘ g, and `sums` [width] = Σ g∘y over the rows, each thread its own and then added in their order.
+ * Returns 0 if there is no memory. */
+int gain_backward(const bf16 *g, const bf16 *y, const float *gain, bf16 *dz, float *sums, i64 rows, i64 width) {
+    i64 threads = omp_get_max_threads(), padded = ROUND_UP(width, LANES);
+    float *own = aligned_alloc(64, 4 * threads * padded);
+    if (!own) return 0;
+    memset(own, 0, 4 * threads * padded);
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (i64 t = 0; t < rows; t++) {
+        float *sum = own + omp_get_thread_num() * padded;
+        for (i64 d = 0; d < width; d += LANES) {
+            __mmask16 some = lanes_left(d, width);
+            __m512 slope = load_some(g + t * width + d, some), value = load_some(y + t * width + d, some);
+            _mm512_storeu_ps(sum + d, _mm512_fmadd_ps(slope, value, _mm512_loadu_ps(sum + d)));
+            store_some(dz + t * width + d, _mm512_mul_ps(slope, _mm512_maskz_loadu_ps(some, gain + d)), some);
+        }
+    }
+    for (i64 d = 0; d < width; d++) {
+        sums[d] = 0;
+        for (i64 t = 0; t < threads; t++) sums[d] += own[t * padded + d];
+    }
+    free(own);
+    return 1;
 }
 
 /* Activations and their slopes.  SiLU: x·σ(x).  GELU by tanh: x·σ(2u), u = √(2/π)(x + 0.044715 x³). */

@@ -31,7 +31,6 @@ class Spec:
     form: str
     scaling: str
     storage: str
-    rates: str
     dropout: FiniteFloat
     init: str
     rank_pattern: dict[str, PositiveInt] = field(default_factory=dict)

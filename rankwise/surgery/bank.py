@@ -18,13 +18,12 @@ from transformers import PreTrainedModel
 
 from rankwise.adapters.adapter import Adapter, checked_name
 from rankwise.adapters.dropout import mixed
-from rankwise.adapters.lowrank import LowRank
 from rankwise.adapters.spec import LoraSpec
-from rankwise.adapters.starts import start
 from rankwise.errors import BankError, RankwiseWarning, nearest
 from rankwise.formats.peft import read_adapter, write_adapter
 from rankwise.formats.record import check_base, describe, read_record, write_record
 from rankwise.frozen.fingerprint import fingerprint
+from rankwise.surgery.begin import begun
 from rankwise.surgery.binding import check_fits
 from rankwise.surgery.layer import AdaptedLayer, CopiedLayer, Stand
 from rankwise.surgery.merge import Merged, MergeReport
@@ -140,8 +139,7 @@ class Bank:
         factors = {}
         for site in chosen:
             generator = torch.Generator().manual_seed(mixed(seed, crc32(site.path.encode())))
-            A, B = start(spec.init, site.shape, spec.rank_at(site.path), generator, lookup=site.kind.lookup)
-            factors[site.path] = LowRank(A, B, spec.scale_at(site.path), spec.dropout)
+            factors[site.path] = begun(spec, site, generator)
         self._hold(name, Adapter(spec, factors, {path: {} for path in copied}), seed)
 
     def put(self, name: str, adapter: Adapter, seed: int = 0) -> None:
@@ -172,7 +170,8 @@ class Bank:
         if not force:
             self._check_base(folder, adapter)
         self.put(name, adapter)
-        if not adapter.modules and not any(factors.delta_norm() for factors in adapter.sites.values()):
+        held = self.adapter(name)
+        if not held.modules and all(factors.changes_nothing() for factors in held.sites.values()):
             warnings.warn(f"{folder}: ΔW is zero at every site; the adapter changes nothing", RankwiseWarning, 2)
 
     def save(self, name: str, folder: str | Path, facts: Mapping[str, Any] | None = None) -> None:
@@ -181,7 +180,7 @@ class Bank:
         Raises:
             AdapterFileError: a tensor is not finite, or the disk gave back other bytes.
         """
-        adapter, folder = self.adapter(name), Path(folder)
+        adapter, folder = self.adapter(name).plain(), Path(folder)
         kinds = {path: self.sites[path].kind.name for path in adapter.sites}
         base = str(getattr(getattr(self.model, "config", None), "_name_or_path", ""))
         write_adapter(folder, adapter, kinds, tuple(self.modules), base, _task(self.model))

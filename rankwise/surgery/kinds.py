@@ -46,6 +46,13 @@ class Kind:
     def expand(self, module: Layer, shrunk: Tensor, B: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def gained(self, module: Layer, y: Tensor, gain: Tensor) -> Tensor:
+        """Gain ∘ (y - bias) + bias over the outputs of `[N, ...]`; a gain of 1 changes no bit."""
+        shape = (-1, *(1 for _ in y.shape[2:])) if self.width_dims > 1 else (-1,)
+        bias = getattr(module, "bias", None)
+        scaled = y * gain.view(shape)
+        return (scaled if bias is None else scaled + ((1 - gain) * bias).view(shape)).to(y.dtype)
+
     def flat(self, x: Tensor) -> Tensor:
         """The leading dimensions made one, `[N, ...]`."""
         return x.reshape(-1, *x.shape[x.dim() - self.width_dims :])
@@ -60,7 +67,8 @@ class Kind:
             if part.keep is not None:
                 own = own * part.keep / (1 - part.dropout)
             shrunk = self.shrink(module, own, part.A.to(y.dtype))
-            pieces += [flat_y[done : part.start], base + part.scale * self.expand(module, shrunk, part.B.to(y.dtype))]
+            low = base + part.scale * self.expand(module, shrunk, part.B.to(y.dtype))
+            pieces += [flat_y[done : part.start], low if part.gain is None else self.gained(module, low, part.gain)]
             done = part.stop
         pieces = [piece for piece in [*pieces, flat_y[done:]] if len(piece)]
         out = pieces[0] if len(pieces) == 1 else torch.cat(pieces)  # a lone piece keeps its memory layout

@@ -70,10 +70,13 @@ class AdaptedLayer(Stand):
         super().__init__(site.path, site.module, router)
         self.kind, self.number = site.kind, number
         self.seeds: dict[str, int] = {}
+        self._known_norms: dict[str, Any] = {}  # name → A, B, and the norms they gave
 
     def admit(self, name: str, own: LowRank, seed: int) -> None:
         self.adapters[key_of(name)] = own.to(self.base.weight.device).train(self.training)
+        own.meet(self.kind.oriented(self.base.weight))
         self.seeds[name] = seed
+        self._known_norms.pop(name, None)
 
     def forward(self, x: Tensor) -> Tensor:
         route = self.router.route
@@ -86,12 +89,25 @@ class AdaptedLayer(Stand):
         ]
         return self.kind.adapted(self.base, x, parts)
 
+    def _norms(self, name: str, factors: LowRank) -> Tensor:
+        """Of form `dora`; computed again when a factor has changed, not for each micro-batch of a step.
+
+        Factors are compared by value: torch's fused optimisers write to a tensor without counting its version up.
+        """
+        A, B, norms = self._known_norms.get(name, (None, None, None))
+        if A is None or A.device != factors.A.device or not (torch.equal(A, factors.A) and torch.equal(B, factors.B)):
+            norms = factors.norms(self.kind.oriented(self.base.weight))
+            self._known_norms[name] = factors.A.detach().clone(), factors.B.detach().clone(), norms
+        return norms
+
     def _part(self, name: str, factors: LowRank, start: int, stop: int, x: Tensor) -> Part:
         keep = None
         if factors.dropout and self.training and not self.kind.lookup:
             shape = torch.Size((stop - start, *x.shape[x.dim() - self.kind.width_dims :]))
             keep = keep_mask(shape, factors.dropout, mixed(self.seeds[name], self.number, self.router.tick), x.device)
-        return Part(start, stop, factors.A, factors.B, factors.scale, factors.dropout, keep)
+        A, B = factors.factors()
+        gain = None if factors.m is None else factors.m / self._norms(name, factors)
+        return Part(start, stop, A, B, factors.scale, factors.dropout, keep, gain)
 
 
 def _twin(base: nn.Module) -> nn.Module:

@@ -61,16 +61,20 @@ class Merged:
         for layer, old in self._originals:
             factors = layer.of(self.name)
             probe = _probe(layer.base, layer.kind, factors)
-            whole = [Part(0, len(layer.kind.flat(probe)), factors.A, factors.B, factors.scale)]
+            A, B = factors.factors()
+            gain = None if factors.m is None else factors.m / factors.norms(layer.kind.oriented(old))
+            whole = [Part(0, len(layer.kind.flat(probe)), A, B, factors.scale, gain=gain)]
             before = layer.kind.adapted(layer.base, probe, whole).double()
-            layer.base.weight = nn.Parameter(merged_weight(layer.kind, old, factors), requires_grad=False)
+            target = merged_weight(layer.kind, old, factors)
+            wanted += float((target - old).norm()) ** 2
+            layer.base.weight = nn.Parameter(target.to(old.dtype).contiguous(), requires_grad=False)
+            del target
             after = layer.base(probe).double()
             error = float((after - before).norm() / before.norm().clamp(min=1e-30))
             if not error <= _TOLERANCE[old.dtype]:
                 bad.append(f"{layer.path}: relative error {error:.2g}, at most {_TOLERANCE[old.dtype]:.2g} expected")
             worst = max(worst, error)
             moved += float((layer.base.weight.float() - old.float()).norm()) ** 2
-            wanted += factors.delta_norm() ** 2
         if bad:
             raise MergeError(f"merged weights do not do what base + adapter does; undone:\n{listing(bad)}")
         kept = sum(old.numel() * old.element_size() for _, old in self._originals)
@@ -83,9 +87,9 @@ class Merged:
 
 
 def merged_weight(kind: Kind, weight: Tensor, factors: LowRank) -> Tensor:
-    """W + ΔW in the layout and type of `weight`: added in float32 (float64 for float64), rounded once."""
+    """What W becomes, in the layout of `weight`: computed in float32 (float64 for float64), to be rounded once."""
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    return (weight.detach().to(wide) + kind.oriented(factors.delta(wide))).to(weight.dtype).contiguous()
+    return kind.oriented(factors.applied(kind.oriented(weight.detach().to(wide))))
 
 
 def _probe(module: Layer, kind: Kind, factors: LowRank) -> Tensor:

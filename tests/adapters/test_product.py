@@ -11,12 +11,12 @@ from rankwise.adapters.product import Part, low_rank_product
 
 
 def plain(x: Tensor, weight: Tensor, bias: Tensor | None, parts: list[Part]) -> Tensor:
-    rows = list((x @ weight.t() + (0 if bias is None else bias)).unbind())
+    rows = list((x @ weight.t()).unbind())
     for part in parts:
         for n in range(part.start, part.stop):
             own = x[n] if part.keep is None else x[n] * part.keep[n - part.start] / (1 - part.dropout)
-            rows[n] = rows[n] + part.scale * (part.B @ (part.A @ own))
-    return torch.stack(rows)
+            rows[n] = (rows[n] + part.scale * (part.B @ (part.A @ own))) * (1 if part.gain is None else part.gain)
+    return torch.stack(rows) + (0 if bias is None else bias)
 
 
 @st.composite
@@ -25,13 +25,22 @@ def problems(draw):
     cuts = sorted(draw(st.lists(st.integers(0, rows), min_size=0, max_size=6)))
     spans = [(a, b) for a, b in zip(cuts[::2], cuts[1::2], strict=False) if a < b]
     ranks = [draw(st.integers(1, 4)) for _ in spans]
-    return rows, inputs, outputs, spans, ranks, draw(st.booleans()), draw(st.sampled_from([0.0, 0.5]))
+    return (
+        rows,
+        inputs,
+        outputs,
+        spans,
+        ranks,
+        draw(st.booleans()),
+        draw(st.sampled_from([0.0, 0.5])),
+        draw(st.integers(0, 2)),
+    )
 
 
 @given(problems())
 @settings(max_examples=60, deadline=None)
 def test_value_and_gradients_equal_autograd(problem):
-    rows, inputs, outputs, spans, ranks, biased, dropout = problem
+    rows, inputs, outputs, spans, ranks, biased, dropout, gained = problem
     generator = torch.Generator().manual_seed(rows * 100 + inputs)
 
     def draw(*shape: int) -> Tensor:
@@ -43,8 +52,9 @@ def test_value_and_gradients_equal_autograd(problem):
     for (start, stop), rank in zip(spans, ranks, strict=True):
         keep = keep_mask(torch.Size((stop - start, inputs)), dropout, start, x.device) if dropout else None
         A, B = draw(rank, inputs).requires_grad_(), draw(outputs, rank).requires_grad_()
-        parts.append(Part(start, stop, A, B, 1.7, dropout, keep))
-    leaves = [x, *(t for part in parts for t in (part.A, part.B))]
+        gain = draw(outputs).requires_grad_() if gained > len(parts) else None
+        parts.append(Part(start, stop, A, B, 1.7, dropout, keep, gain))
+    leaves = [x, *(t for part in parts for t in (part.A, part.B, part.gain) if t is not None)]
     grad = draw(rows, outputs)
     got = low_rank_product(x, weight, bias, parts)
     want = plain(x, weight, bias, parts)

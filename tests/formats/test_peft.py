@@ -38,6 +38,11 @@ CASES = {
     "roberta-whole": {"target_modules": ["query"], "modules_to_save": ["classifier"], "task_type": "SEQ_CLS"},
     "vit": {"target_modules": ["q_proj", "projection"]},
     "unet": {"target_modules": ["down", "to_q", "up", "line", "volume"]},
+    "llama-dora": {"target_modules": "all-linear", "use_dora": True, "use_rslora": True},
+    "llama-lookup": {"target_modules": ["embed_tokens", "q_proj"], "use_dora": True},
+    "gpt2-dora": {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True, "use_dora": True},
+    "bert-dora": {"target_modules": ["query", "dense"], "use_dora": True},
+    "unet-dora": {"target_modules": ["down", "to_q", "up", "line", "volume"], "use_dora": True},
 }
 ALL = pytest.mark.parametrize("case", CASES)
 
@@ -215,7 +220,7 @@ def test_one_missing_one_transposed_and_one_strange_tensor_are_all_told(folder):
     rewrite(folder, change)
     with pytest.raises(AdapterFileError) as caught:
         Bank(tiny("llama")).load("a", folder)
-    for piece in ("q_proj: has B only", "k_proj: A has rank 32", "lora_magnitude_vector: neither"):
+    for piece in ("q_proj: has B only", "k_proj: A has rank 32", "has magnitudes, but use_dora is not set"):
         assert piece in str(caught.value)
 
 
@@ -228,7 +233,7 @@ def test_a_rank_that_contradicts_the_config_is_an_error(folder):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"use_dora": True}, "use_dora = True"),
+        ({"use_qalora": True}, "use_qalora = True"),
         ({"peft_type": "LOHA"}, "peft_type = 'LOHA'"),
         ({"bias": "all"}, "bias = 'all'"),
         ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
@@ -286,3 +291,31 @@ def test_a_frozen_embedding_stored_along_must_be_the_base_own(tmp_path):
     rewrite(tmp_path, lambda tensors: {k: v + 1 if "base_layer" in k else v for k, v in tensors.items()})
     with pytest.raises(AdapterMismatchError, match="its values are others"):
         Bank(tiny("llama")).load("a", tmp_path)
+
+
+@torch.no_grad()
+def test_magnitudes_and_the_word_for_them_go_together(tmp_path):
+    bank = Bank(tiny("llama"))
+    for form in ("lora", "dora"):
+        trained(bank, form, spec(("q_proj",), form=form))
+        bank.save(form, tmp_path / form)
+    for form, says in (("lora", "has A, B only, of A and B and m"), ("dora", "use_dora is not set")):
+        path = tmp_path / form / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"use_dora": form == "lora"}))
+        with pytest.raises(AdapterFileError, match=says):
+            bank.load("again", tmp_path / form)
+
+
+@torch.no_grad()
+def test_a_dora_that_changes_nothing_says_so_and_one_whose_magnitudes_do_does_not(tmp_path, recwarn):
+    bank = Bank(tiny("llama"))
+    bank.add("fresh", spec(("q_proj",), form="dora"))
+    bank.save("fresh", tmp_path / "fresh")
+    with pytest.warns(RankwiseWarning, match="changes nothing"):
+        bank.load("one", tmp_path / "fresh")
+    for factors in bank.adapter("fresh").sites.values():
+        factors.m *= 1.5
+    bank.save("fresh", tmp_path / "louder")
+    recwarn.clear()
+    bank.load("other", tmp_path / "louder")
+    assert not [w for w in recwarn if issubclass(w.category, RankwiseWarning)]

@@ -25,6 +25,7 @@ EVERYTHING = {
     "rank": 8,
     "alpha": 12.5,
     "targets": ("q_proj", "v_proj"),
+    "form": "dora",
     "scaling": "alpha/sqrt(r)",
     "dropout": 0.05,
     "init": "gaussian",
@@ -32,6 +33,7 @@ EVERYTHING = {
     "alpha_pattern": {"a=b": 0.5},
     "modules_to_save": ("lm_head", "norm"),
     "lr": 5e-5,
+    "lr_ratio": 4.0,
     "schedule": "cosine",
     "warmup": 0.0,
     "weight_decay": 0.1,
@@ -122,6 +124,7 @@ test: it's.jsonl
 rank: 8
 alpha: 12.5
 targets: q_proj, v_proj
+form: dora
 scaling: alpha/sqrt(r)
 dropout: 0.05
 init: gaussian
@@ -129,6 +132,7 @@ rank-pattern: {'layers\.(1|2)\..*': 4, v_proj: 2}
 alpha_pattern: a=b=0.5
 modules_to_save: lm_head, norm
 lr: 5e-5
+lr_ratio: 4
 schedule: cosine
 warmup: 0
 weight-decay: 0.1

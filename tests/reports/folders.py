@@ -33,7 +33,6 @@ def record(**changes: Any) -> dict[str, Any]:
             "form": "lora",
             "scaling": "alpha/r",
             "storage": "dense",
-            "rates": "one",
             "dropout": 0.0,
             "init": "kaiming",
             "rank_pattern": {},

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from rankwise.errors import BankError, RouteError
 from rankwise.surgery.bank import Bank
-from tests.grid import DTYPES, FORMS, SCALINGS, STARTS, STORAGES, relative, spec, state_of, trained
+from tests.grid import DTYPES, FORMS, RESIDUAL_STARTS, SCALINGS, STARTS, STORAGES, relative, spec, state_of, trained
 from tests.models import ARCHITECTURES, output, tiny
 
 EVERY = pytest.mark.parametrize("name", ARCHITECTURES)
@@ -17,16 +17,85 @@ LOW = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @EVERY
 @LOW
 @pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("form", FORMS)
 @torch.no_grad()
-def test_a_fresh_adapter_changes_no_bit(name, dtype, start):
+def test_a_fresh_adapter_changes_no_bit(name, dtype, form, start):
     model = tiny(name, dtype).requires_grad_(False)  # torch chooses convolution kernels by this flag, with other bits
     inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in ARCHITECTURES[name].inputs(3).items()}
     before = output(model, inputs)
     with Bank(model) as bank:
-        bank.add("fresh", spec(ARCHITECTURES[name].targets, init=start))
+        bank.add("fresh", spec(ARCHITECTURES[name].targets, form=form, init=start))
         with bank.use("fresh"):
             assert torch.equal(output(model, inputs), before)
         assert torch.equal(output(model, inputs), before)
+
+
+@EVERY
+@pytest.mark.parametrize("start", RESIDUAL_STARTS)
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_a_residual_start_changes_nothing_but_roundings_and_never_the_base(name, form, start):
+    model = tiny(name).requires_grad_(False)
+    inputs, state = ARCHITECTURES[name].inputs(3), state_of(model)
+    before = output(model, inputs)
+    with Bank(model) as bank:
+        bank.add("fresh", spec(ARCHITECTURES[name].targets, form=form, init=start, rank=2))
+        with bank.use("fresh"):
+            assert relative(output(model, inputs), before) < 1e-5
+        assert torch.equal(output(model, inputs), before)
+        assert all(factors.B.any() for factors in bank.adapter("fresh").sites.values())
+    assert state_of(model) == state
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "unet"])
+@pytest.mark.parametrize("start", RESIDUAL_STARTS)
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_a_residual_start_is_saved_as_a_plain_adapter_of_the_base(name, form, start, tmp_path):
+    model, inputs = tiny(name), ARCHITECTURES[name].inputs(3)
+    with Bank(model) as bank:
+        trained(bank, "task", spec(ARCHITECTURES[name].targets, form=form, init=start, rank=2))
+        with bank.use("task"):
+            want = output(model, inputs)
+        assert relative(output(model, inputs), want) > 0.05
+        bank.save("task", tmp_path)
+        bank.load("again", tmp_path)
+        with bank.use("again"):
+            torch.testing.assert_close(output(model, inputs), want, rtol=1e-5, atol=1e-5)
+        assert {factors.rank for factors in bank.adapter("again").sites.values()} == {4}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "unet", "llama-tied"])
+def test_dora_learns_by_the_papers_gradient(name):
+    """arXiv:2402.09353, equation 5 with the norm held constant (§4.3), by autograd in float64 over merged weights."""
+    model = tiny(name, torch.float64).requires_grad_(False)
+    inputs = {k: v.double() if v.is_floating_point() else v for k, v in ARCHITECTURES[name].inputs(3).items()}
+    with Bank(model) as bank:
+        trained(bank, "task", spec(ARCHITECTURES[name].targets, form="dora"))
+        adapter = bank.adapter("task")
+        with bank.use("task"):
+            out = output(model, inputs)
+        weights = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+        parameters = dict(bank.named_parameters("task"))
+        got = torch.autograd.grad((out * weights).sum(), list(parameters.values()))
+        changed = {}
+        for path, factors in adapter.sites.items():
+            kind, base = bank.sites[path].kind, bank.sites[path].module
+            direction = kind.oriented(base.weight) + factors.scale * (
+                factors.B.double().flatten(1) @ factors.A.double().flatten(1)
+            ).view(kind.oriented(base.weight).shape)
+            norms = direction.detach().flatten(1).norm(dim=1)
+            gain = (factors.m.double() / norms).view(-1, *(1 for _ in direction.shape[1:]))
+            changed[f"{path}.weight"] = kind.oriented(gain * direction)
+        clean = tiny(name, torch.float64).requires_grad_(False)
+        ties = {p: f"{s.path}.weight" for s in bank.sites.values() for p in (f"{a}.weight" for a in s.aliases)}
+        changed |= {alias: changed[path] for alias, path in ties.items() if path in changed}
+        truth = torch.func.functional_call(clean, changed, (), inputs, tie_weights=False)
+        truth = truth.logits if hasattr(truth, "logits") else truth
+        torch.testing.assert_close(out, truth, rtol=1e-6, atol=1e-8)
+        want = torch.autograd.grad((truth * weights).sum(), list(parameters.values()))
+    for path, a, b in zip(parameters, got, want, strict=True):
+        assert relative(a, b) < 1e-5, path
 
 
 @EVERY
@@ -61,11 +130,12 @@ def test_forward_is_merged(name, dtype, form, storage, scaling):
 
 
 @EVERY
-def test_rows_routed_equal_rows_alone(name):
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_routed_equal_rows_alone(name, form):
     model, rows = tiny(name), 4
     inputs = ARCHITECTURES[name].inputs(rows)
     with Bank(model) as bank:
-        trained(bank, "one", spec(ARCHITECTURES[name].targets), seed=1)
+        trained(bank, "one", spec(ARCHITECTURES[name].targets, form=form), seed=1)
         trained(bank, "other", spec(ARCHITECTURES[name].targets[:1], rank=2), seed=2)
         names = ["one", None, "other", "one"]
 
@@ -137,3 +207,28 @@ def _operate(bank: Bank, what: str, own: str, inputs: dict[str, torch.Tensor], t
         bank.unmerge()
     else:
         getattr(bank, what)(own)
+
+
+@pytest.mark.parametrize("change", ["in place", "copied", "AdamW", "SGD"])
+def test_dora_sees_every_change_of_its_factors(change):
+    """Norms are kept between passes; however a factor was changed, the next pass must see it."""
+    model, inputs = tiny("llama"), ARCHITECTURES["llama"].inputs(2)
+    with Bank(model) as bank:
+        trained(bank, "task", spec(("q_proj",), form="dora"))
+        parameters = [parameter for _, parameter in bank.named_parameters("task")]
+        with bank.use("task"):
+            before = output(model, inputs)
+            before.sum().backward()
+        with torch.no_grad():
+            if change in ("AdamW", "SGD"):
+                getattr(torch.optim, change)(parameters, lr=0.1, fused=True).step()
+            for parameter in parameters if change in ("in place", "copied") else ():
+                parameter.copy_(parameter * 1.5) if change == "copied" else parameter.mul_(1.5)
+        with bank.use("task"), torch.no_grad():
+            after = output(model, inputs)
+        values = bank.adapter("task")
+        bank.remove("task")
+        bank.put("again", values)
+        with bank.use("again"), torch.no_grad():
+            assert torch.equal(output(model, inputs), after)
+        assert not torch.equal(before, after)

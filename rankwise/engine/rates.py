@@ -1,0 +1,41 @@
+"""Which learning rate each trained tensor has: one for all, or LoRA+'s two (arXiv:2402.12354, §4)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rankwise.engine.run import Run
+from rankwise.surgery.bank import Bank
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Tensors that learn alike: `factor` times the run's rate.
+
+    AdamW's decay is multiplied by the group's own rate; `weight_decay` is divided by it, so that every group decays
+    as at the run's rate.  Magnitudes are not decayed: their rest is the norm of the base's weight, not 0.
+    """
+
+    role: str
+    factor: float
+    weight_decay: float
+    names: tuple[str, ...]
+
+
+def rates(bank: Bank, name: str, run: Run) -> list[Rate]:
+    """Every trained tensor of an adapter in exactly one group.
+
+    Embeddings have no fast side: there A starts at zero and B is random, and words are met at rates of their own.
+    """
+    roles: dict[str, str] = {}
+    for path in bank.adapter(name).sites:
+        lookup = bank.sites[path].kind.lookup
+        roles |= {f"{path}.A": "A", f"{path}.B": "embedding B" if lookup else "B", f"{path}.m": "m"}
+    found: dict[str, list[str]] = {}
+    for parameter, _ in bank.named_parameters(name):
+        found.setdefault(roles.get(parameter, "whole"), []).append(parameter)
+    groups = []
+    for role, names in found.items():
+        factor = run.lr_ratio if role in ("B", "m") else 1.0
+        groups.append(Rate(role, factor, 0.0 if role == "m" else run.weight_decay / factor, tuple(names)))
+    return groups
