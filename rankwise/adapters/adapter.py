@@ -47,7 +47,7 @@ class Adapter:
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor under a stable name: `<site>.A`, `<site>.B`, …, `<module>.<parameter>`."""
         for path, factors in self.sites.items():
-            yield from ((f"{path}.{name}", tensor) for name, tensor in factors.named_tensors())
+            yield from ((f"{path}.{name}", tensor) for name, tensor in factors.state_dict().items())
         for path, parameters in self.modules.items():
             for name, tensor in parameters.items():
                 yield f"{path}.{name}", tensor.detach()

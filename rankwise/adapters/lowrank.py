@@ -12,7 +12,6 @@ An embedding is the linear map from one-hot words to vectors: I words, O feature
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -90,10 +89,6 @@ class LowRank(nn.Module):
             return self
         A, B = (factor.detach() for factor in self.factors())
         return LowRank(A, B, self.scale, self.dropout, m=None if self.m is None else self.m.detach())
-
-    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All it is made of, under the names they have in a digest."""
-        yield from self.state_dict().items()
 
     @torch.no_grad()
     def delta(self, dtype: torch.dtype = torch.float32) -> Tensor:

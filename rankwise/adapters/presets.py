@@ -1,10 +1,12 @@
 """Named choices: which layers a word like `attention` means, and the guides' scenarios with the reason for each.
 
-Torch-free.  A role is what a layer does in its block; surgery finds the roles in a model (`surgery/sites.py`).
+Torch-free.  A role is what a layer does in its block: surgery tells it from the model (`surgery/sites.py`),
+planning from names alone.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -18,6 +20,30 @@ TARGET_ROLES: dict[str, frozenset[Role]] = {
     "all-linear": frozenset({"query", "key", "value", "qkv", "attention", "mlp", "other"}),
 }
 assert set(TARGET_ROLES) == set(get_args(TargetPreset))
+
+
+# What the last part of a path says about a linear layer inside an attention block, over the families in use.
+_ATTENTION_NAMES: dict[Role, str] = {
+    "query": r"(to_)?w?q(_proj|_lin|uery|_[ab]_proj)?|query(_proj|_layer)?",
+    "key": r"(to_)?w?k(_proj|_lin)?|key(_proj|_layer)?",
+    "value": r"(to_)?w?v(_proj|_lin)?|value(_proj|_layer)?",
+    "qkv": r"c_attn|w?qkv(_proj)?|query_key_value|in_proj|att_proj|kv_[ab]_proj(_with_mqa)?",
+}
+
+
+def linear_role(path: str, in_attention: bool) -> Role:
+    """The role of a linear layer at `path`, in an attention block or not."""
+    *parents, leaf = path.split(".")
+    if leaf in ("lm_head", "classifier", "score", "qa_outputs"):
+        return "head"
+    if in_attention:
+        return next((role for role, names in _ATTENTION_NAMES.items() if re.fullmatch(names, leaf, re.I)), "attention")
+    return "mlp" if any(part.isdigit() for part in parents) else "other"
+
+
+def calls_itself_attention(part: str) -> bool:
+    """Of one part of a path: `attn`, `self_attn`, `attention`, …"""
+    return re.search(r"attn|attention", part, re.I) is not None
 
 
 @dataclass(frozen=True)

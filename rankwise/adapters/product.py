@@ -5,8 +5,8 @@
 Shape letters: N rows, I inputs, O outputs, R rank.  W is [O, I], A [R, I], B [O, R], gain [O] or none.
 
 What makes it fast and light (accounting in docs/engine.md): the low-rank part is added into the output of the base
-product; no gradient of W is ever made; nothing of the size of y is kept; A and B are float32 masters,
-rounded to the activations' type for the products only; both parts of dX meet in one buffer.
+product; no gradient of W is ever made; nothing of the size of y is kept but, under a gain, y; A and B are float32
+masters, rounded to the activations' type for the products only; both parts of dX meet in one buffer.
 """
 
 from __future__ import annotations

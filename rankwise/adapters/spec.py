@@ -27,6 +27,15 @@ def _compile(pattern: str) -> None:
         raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
 
 
+def named_targets(value: Any) -> Any:
+    """Targets as a person writes them: a preset, names with commas between, or a regular expression after `re:`."""
+    if not isinstance(value, str) or value in TARGET_ROLES:
+        return value
+    if value.startswith("re:"):
+        return value.removeprefix("re:")
+    return tuple(name.strip() for name in value.split(",") if name.strip())
+
+
 def readable_targets(targets: str | tuple[str, ...]) -> str | tuple[str, ...]:
     """`targets` as they are, if they can be what a spec targets."""
     if not targets:

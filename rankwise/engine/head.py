@@ -15,9 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rankwise.kernels.loss import cross_entropy
-
-# Logits of one chunk.  On a CPU they stay below glibc's limit for blocks of their own (kernels/library.py).
-_CHUNK_BYTES = {"cpu": 30 * 2**20, "cuda": 256 * 2**20}
+from rankwise.planning.limits import CHUNK_BYTES, LEAST_CHUNK
 
 
 @dataclass(frozen=True)
@@ -45,8 +43,8 @@ class Shaping:
 
 
 def chunk_rows(classes: int, dtype: torch.dtype, device: torch.device) -> int:
-    limit = _CHUNK_BYTES.get(device.type, _CHUNK_BYTES["cuda"])
-    return max(16, limit // (classes * dtype.itemsize))
+    limit = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"])
+    return max(LEAST_CHUNK, limit // (classes * dtype.itemsize))
 
 
 def frozen_head_loss(

@@ -28,12 +28,12 @@ from rankwise.engine.run import Loop, Run
 from rankwise.engine.state import Checkpoint, check_same, newest_checkpoint, save_checkpoint
 from rankwise.engine.trainee import Trainee
 from rankwise.errors import DataError, RunFolderError, SpecError, TrainingError, listing
+from rankwise.planning.limits import MICRO_TOKENS
 from rankwise.surgery.bank import Bank
 
 Observer = Callable[[dict[str, Any]], None]
 
 SKIPS_BEFORE_STOP = 5
-MICRO_TOKENS = {"cpu": 2048, "cuda": 8192}
 FAILED = ("diverged", "not finite")
 _STEPS_TO_BE_REACHED = 2
 _EVALUATIONS = 10  # a run, where the interval between them is left to us

@@ -6,16 +6,17 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rankwise.adapters.spec import LoraSpec
+from rankwise.adapters.presets import TARGET_ROLES
+from rankwise.adapters.spec import Form, LoraSpec
 from rankwise.data.corpus import Corpus
 from rankwise.data.order import Order, micro_batches
-from rankwise.engine.loop import MICRO_TOKENS, train
+from rankwise.engine.loop import train
 from rankwise.engine.run import Loop, Run
 from rankwise.errors import ModelError, RankwiseError, SpecError, TrainingError
 from rankwise.frozen.load import Base, load_base
@@ -23,9 +24,9 @@ from rankwise.jobs.machine import peak_memory_bytes
 from rankwise.jobs.request import TrainRequest
 from rankwise.kernels.library import native
 from rankwise.planning.config import describe
+from rankwise.planning.limits import MICRO_TOKENS
 from rankwise.planning.memory import Memory, memory_of
 from rankwise.planning.process import resident_without
-from rankwise.planning.request import MICRO_TOKENS as PLANNED
 from rankwise.planning.request import PlanRequest, machine_for
 from rankwise.planning.shapes import shapes_of
 from rankwise.surgery.bank import Bank
@@ -56,7 +57,7 @@ def measured(model: Path, settings: dict[str, Any]) -> dict[str, int]:
         raise ModelError(f"{model}: --measure takes a model in a local folder", hint="leave out --measure to plan only")
     if machine_for(request).dtype == "float16":
         raise SpecError("models in float16 are not trained here", hint="take bfloat16 or float32")
-    if request.form == "full" or request.held_as != "dense":
+    if request.form not in get_args(Form) or request.held_as != "dense":
         raise SpecError(
             f"--measure trains adapters on a dense base, not {request.method} on {request.held_as}",
             hint="leave out --measure to plan only",
@@ -79,10 +80,8 @@ def _measure(model: str, settings: dict[str, Any]) -> dict[str, int]:
     described = describe(model)
     shapes = shapes_of(described.config, described.headers, described.name)
     process = resident_without(_parameter_bytes(base.model))
-    own: dict[str, Any] = {} if request.form == "lora" else {"form": request.form}
-    spec = LoraSpec(
-        rank=request.rank, targets=request.targets, rank_pattern=request.rank_pattern, dropout=request.dropout, **own
-    )
+    asked = {name: getattr(request, name) for name in ("form", "rank", "targets", "rank_pattern", "dropout")}
+    spec = LoraSpec(**asked)
     loop = Loop(
         max_steps=_STEPS,
         batch_tokens=request.batch_tokens,
@@ -126,7 +125,7 @@ def predicted_training(request: TrainRequest, base: Base, bank: Bank, corpus: Co
 
     None where the model has no config that describes it, or the device is neither a processor nor CUDA.
     """
-    if base.device.type not in PLANNED:
+    if base.device.type not in MICRO_TOKENS:
         return None
     try:
         shapes = shapes_of(base.model.config.to_dict(), {}, base.name)
@@ -140,7 +139,7 @@ def predicted_training(request: TrainRequest, base: Base, bank: Bank, corpus: Co
 
 def _as_plan(request: TrainRequest, base: Base, bank: Bank, corpus: Corpus) -> PlanRequest:
     lengths, supervised = corpus.lengths(), corpus.supervised_counts()
-    micro = request.micro_tokens or MICRO_TOKENS.get(base.device.type, PLANNED["cuda"])
+    micro = request.micro_tokens or MICRO_TOKENS[base.device.type]
     epoch = Order(lengths, request.seed, request.batch_tokens).epoch(0)
     pieces = [piece for step in epoch for piece in micro_batches(step, lengths, micro)]
     largest = max(pieces, key=lambda piece: int(lengths[piece].sum()))
@@ -153,6 +152,7 @@ def _as_plan(request: TrainRequest, base: Base, bank: Bank, corpus: Corpus) -> P
         "kernels": "compiled" if compiled else "plain",
     }
     return PlanRequest(
+        method=spec.form,
         rank=spec.rank,
         targets=f"re:{spec.targets}" if _is_pattern(spec.targets) else spec.targets,
         rank_pattern=spec.rank_pattern,
@@ -167,8 +167,6 @@ def _as_plan(request: TrainRequest, base: Base, bank: Bank, corpus: Corpus) -> P
 
 
 def _is_pattern(targets: str | tuple[str, ...]) -> bool:
-    from rankwise.adapters.presets import TARGET_ROLES
-
     return isinstance(targets, str) and targets not in TARGET_ROLES
 
 

@@ -28,12 +28,13 @@ def plan_text(
     """Rich markup; trained tokens of the shown row are highlighted."""
     adapter = bank.adapter(bank.names[0])
     kinds = Counter((path.rsplit(".", 1)[-1], f.rank, f.scale) for path, f in adapter.sites.items())
-    size = sum(parameter.numel() for parameter in base.model.parameters()) - adapter.parameter_count()
+    trained = sum(parameter.numel() for _, parameter in bank.named_parameters(bank.names[0]))
+    size = sum(parameter.numel() for parameter in base.model.parameters()) - trained
     lines = [
         f"[bold]base[/bold]      {plain(base.name)}: {size / 1e6:,.1f} M parameters, "
         f"{str(base.precision.dtype).removeprefix('torch.')} ({base.precision.reason}), {base.device}",
-        f"[bold]adapter[/bold]   {adapter.parameter_count() / 1e6:,.2f} M parameters "
-        f"({adapter.parameter_count() / size:.2%} of the base), alpha {adapter.spec.alpha:g}, {adapter.spec.scaling}",
+        f"[bold]adapter[/bold]   {trained / 1e6:,.2f} M parameters "
+        f"({trained / size:.2%} of the base), alpha {adapter.spec.alpha:g}, {adapter.spec.scaling}",
         *(
             f"            {count} × {leaf}: rank {rank}, effective scale {scale:.4g}"
             for (leaf, rank, scale), count in kinds.items()

@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from rankwise.adapters.presets import SCENARIOS, TARGET_ROLES
+from rankwise.adapters.presets import SCENARIOS
 from rankwise.adapters.scaling import Scaling
-from rankwise.adapters.spec import AlphaPattern, Form, Init, LoraSpec, RankPattern, readable_targets
+from rankwise.adapters.spec import AlphaPattern, Form, Init, LoraSpec, RankPattern, named_targets, readable_targets
 from rankwise.errors import SpecError
 from rankwise.settings import Settings
 
@@ -43,15 +43,9 @@ def _pairs(value: Any) -> Any:
 
 
 def _targets(value: str | tuple[str, ...]) -> str | tuple[str, ...]:
-    """A preset, names (as a list, or with commas between), or a regular expression after 're:', which it keeps."""
-    if isinstance(value, str) and value not in TARGET_ROLES and not value.startswith("re:"):
-        value = _by_commas(value)
-    readable_targets(_of_spec(value))
-    return value
-
-
-def _of_spec(targets: str | tuple[str, ...]) -> str | tuple[str, ...]:
-    return targets.removeprefix("re:") if isinstance(targets, str) else targets
+    """As `named_targets`, but a regular expression keeps its `re:`: a command or a file must say it again."""
+    found = readable_targets(named_targets(value))
+    return value if isinstance(value, str) and value.startswith("re:") else found
 
 
 def _at_home(value: Any) -> Any:
@@ -147,7 +141,7 @@ class TrainRequest(Settings):
     @property
     def spec(self) -> LoraSpec:
         values = {name: getattr(self, name) for name in _OF_SPEC}
-        return LoraSpec(alpha=self._alpha, targets=_of_spec(self.targets), **values)
+        return LoraSpec(alpha=self._alpha, targets=named_targets(self.targets), **values)
 
     @property
     def _alpha(self) -> float:

@@ -12,9 +12,10 @@ from rankwise.errors import SpecError, TargetError, nearest
 from rankwise.planning.block import Block, blocks_of
 from rankwise.planning.heap import Tape, most_alive, most_resident
 from rankwise.planning.held import held_of, sites_of
+from rankwise.planning.limits import CHUNK_BYTES, LEAST_CHUNK, MICRO_TOKENS
 from rankwise.planning.passes import Manner, Pass
 from rankwise.planning.process import ASSUMED
-from rankwise.planning.request import CHUNK_BYTES, LEAST_CHUNK, MICRO_TOKENS, Machine, PlanRequest
+from rankwise.planning.request import Machine, PlanRequest
 from rankwise.planning.shapes import Shapes, Tensor
 
 _STEPS = 2  # the second is the first that has both gradients and moments

@@ -102,6 +102,8 @@ def _assumptions(shapes: Shapes, request: PlanRequest, machine: Machine) -> list
         notes.append("this family goes in padded rows: count the padding as tokens")
     if request.form == "full":
         notes.append("full fine-tuning is counted by rule; rankwise trains adapters and single modules whole")
+    untrained = [name for name in (request.form, request.held_as) if name in ("adalora", "int8", "nf4")]
+    notes += [f"{name} is counted by rule; `rankwise train` does not have it yet" for name in untrained]
     if any(tensor.kind == "experts" for tensor in shapes.tensors):
         notes.append("all experts lie in one tensor a block: they are no layers that can be adapted, nor quantised")
     return notes

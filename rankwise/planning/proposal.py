@@ -6,8 +6,9 @@ from typing import Any
 
 from rankwise.errors import SpecError
 from rankwise.planning.amounts import read_amount, shown
+from rankwise.planning.limits import MICRO_TOKENS
 from rankwise.planning.memory import memory_of
-from rankwise.planning.request import MICRO_TOKENS, Machine, PlanRequest
+from rankwise.planning.request import Machine, PlanRequest
 from rankwise.planning.shapes import Shapes
 
 # How far above a prediction the truth may lie.  On a processor more than was ever measured: 45 %, where a
@@ -17,8 +18,8 @@ _LEAST_MICRO, _LEAST_RANK = 512, 4
 
 _CHECKPOINTING = "each block is computed twice: a third more time, the same result"
 _STORAGE = {
-    "int8": "weights of the blocks in 8 bits: a small error of rounding, and time to undo it",
-    "nf4": "weights of the blocks in 4 bits (QLoRA): a larger error of rounding, and time to undo it",
+    "int8": "weights of the blocks in 8 bits: a small error of rounding, time to undo it (`train` cannot yet)",
+    "nf4": "weights of the blocks in 4 bits (QLoRA): a larger error of rounding, time to undo it (`train` cannot yet)",
 }
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from rankwise.adapters.presets import TARGET_ROLES
-from rankwise.adapters.spec import RankPattern, readable_targets
+from rankwise.adapters.spec import RankPattern, named_targets, readable_targets
 from rankwise.planning.held import Storage
 from rankwise.planning.passes import Form
 from rankwise.settings import Settings
@@ -24,21 +23,7 @@ METHODS: dict[Method, tuple[Form, Storage]] = {
 }
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
 
-# As engine/loop.py and engine/head.py have them, which need torch; tests/planning/test_request.py compares.
-MICRO_TOKENS = {"cpu": 2048, "cuda": 8192}
-CHUNK_BYTES = {"cpu": 30 * 2**20, "cuda": 256 * 2**20}
-LEAST_CHUNK = 16
-
 _CPU, _GPU = Path("/proc/cpuinfo"), Path("/proc/driver/nvidia/version")
-
-
-def _targets(value: Any) -> Any:
-    """A preset, names with commas between, or a regular expression after `re:`."""
-    if not isinstance(value, str) or value in TARGET_ROLES:
-        return value
-    if value.startswith("re:"):
-        return value.removeprefix("re:")
-    return tuple(name.strip() for name in value.split(",") if name.strip())
 
 
 class PlanRequest(Settings):
@@ -51,7 +36,7 @@ class PlanRequest(Settings):
     method: Method = "lora"
     storage: Storage | None = None
     rank: int = Field(default=16, ge=1)
-    targets: Annotated[str | tuple[str, ...], BeforeValidator(_targets), AfterValidator(readable_targets)] = (
+    targets: Annotated[str | tuple[str, ...], BeforeValidator(named_targets), AfterValidator(readable_targets)] = (
         "all-linear"
     )
     rank_pattern: RankPattern = Field(default_factory=dict)

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from rankwise.adapters.presets import Role
+from rankwise.adapters.presets import Role, calls_itself_attention, linear_role
 from rankwise.errors import ModelError, listing
 from rankwise.planning.families import FAMILIES, Family
 from rankwise.planning.headers import Stored
-from rankwise.planning.roles import linear_role
 from rankwise.planning.sizes import Sizes, read_sizes
 
 _FALLBACK = "llama"
@@ -152,7 +151,7 @@ def _layer(path: str, kind: str, shape: tuple[int, ...], bias: bool) -> Iterator
 
 def _role(path: str, kind: str) -> Role | None:
     if kind in ("linear", "conv1d"):
-        return linear_role(path)
+        return linear_role(path, any(map(calls_itself_attention, path.split(".")[:-1])))
     named: dict[str, Role] = {"embedding": "embedding", "convolution": "convolution"}
     return named.get(kind)
 

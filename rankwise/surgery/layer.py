@@ -78,14 +78,18 @@ class AdaptedLayer(Stand):
         self.seeds[name] = seed
         self._known_norms.pop(name, None)
 
+    def dismiss(self, name: str) -> None:
+        super().dismiss(name)
+        self._known_norms.pop(name, None)
+
     def forward(self, x: Tensor) -> Tensor:
         route = self.router.route
         if self.router.merged is not None or all(self.of(name) is None for name in route.names):
             return self.base(x)
         parts = [
-            self._part(name, factors, start, stop, x)
+            self.part(name, start, stop, self._mask(name, stop - start, x))
             for name, start, stop in self.router.spans(x.shape, self.kind.width_dims, self.path)
-            if name is not None and (factors := self.of(name)) is not None
+            if name is not None and self.of(name) is not None
         ]
         return self.kind.adapted(self.base, x, parts)
 
@@ -100,11 +104,17 @@ class AdaptedLayer(Stand):
             self._known_norms[name] = factors.A.detach().clone(), factors.B.detach().clone(), norms
         return norms
 
-    def _part(self, name: str, factors: LowRank, start: int, stop: int, x: Tensor) -> Part:
-        keep = None
-        if factors.dropout and self.training and not self.kind.lookup:
-            shape = torch.Size((stop - start, *x.shape[x.dim() - self.kind.width_dims :]))
-            keep = keep_mask(shape, factors.dropout, mixed(self.seeds[name], self.number, self.router.tick), x.device)
+    def _mask(self, name: str, rows: int, x: Tensor) -> Tensor | None:
+        """Of an adapter's dropout, over its rows of an input."""
+        dropout = self.of(name).dropout
+        if not dropout or not self.training or self.kind.lookup:
+            return None
+        shape = torch.Size((rows, *x.shape[x.dim() - self.kind.width_dims :]))
+        return keep_mask(shape, dropout, mixed(self.seeds[name], self.number, self.router.tick), x.device)
+
+    def part(self, name: str, start: int, stop: int, keep: Tensor | None = None) -> Part:
+        """An adapter for some rows of an input."""
+        factors = self.of(name)
         A, B = factors.factors()
         gain = None if factors.m is None else factors.m / self._norms(name, factors)
         return Part(start, stop, A, B, factors.scale, factors.dropout, keep, gain)

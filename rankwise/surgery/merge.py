@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.adapters.lowrank import LowRank
-from rankwise.adapters.product import Part
 from rankwise.errors import MergeError, listing
 from rankwise.surgery.kinds import Kind, Layer
 from rankwise.surgery.layer import AdaptedLayer
@@ -61,12 +60,11 @@ class Merged:
         for layer, old in self._originals:
             factors = layer.of(self.name)
             probe = _probe(layer.base, layer.kind, factors)
-            A, B = factors.factors()
-            gain = None if factors.m is None else factors.m / factors.norms(layer.kind.oriented(old))
-            whole = [Part(0, len(layer.kind.flat(probe)), A, B, factors.scale, gain=gain)]
+            whole = [layer.part(self.name, 0, len(layer.kind.flat(probe)))]
             before = layer.kind.adapted(layer.base, probe, whole).double()
             target = merged_weight(layer.kind, old, factors)
-            wanted += float((target - old).norm()) ** 2
+            # B·A alone tells its norm better than a sum with W that may have swallowed it.
+            wanted += (factors.delta_norm() if factors.m is None else float((target - old).norm())) ** 2
             layer.base.weight = nn.Parameter(target.to(old.dtype).contiguous(), requires_grad=False)
             del target
             after = layer.base(probe).double()

@@ -10,18 +10,10 @@ from typing import cast
 from torch import nn
 
 from rankwise.adapters.lowrank import SiteShape
-from rankwise.adapters.presets import TARGET_ROLES, Role
+from rankwise.adapters.presets import TARGET_ROLES, Role, calls_itself_attention, linear_role
 from rankwise.adapters.spec import LoraSpec, matching_pattern
 from rankwise.errors import TargetError, listing, nearest
 from rankwise.surgery.kinds import Kind, kind_of
-
-# What the last part of a path says about a linear layer inside an attention block, over the families in use.
-_ATTENTION_NAMES: dict[Role, str] = {
-    "query": r"(to_)?w?q(_proj|_lin|uery|_[ab]_proj)?|query(_proj|_layer)?",
-    "key": r"(to_)?w?k(_proj|_lin)?|key(_proj|_layer)?",
-    "value": r"(to_)?w?v(_proj|_lin)?|value(_proj|_layer)?",
-    "qkv": r"c_attn|w?qkv(_proj)?|query_key_value|in_proj|att_proj|kv_[ab]_proj(_with_mqa)?",
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,12 +52,7 @@ def _output_layer(model: nn.Module) -> nn.Module | None:
 def _role(model: nn.Module, path: str, kind: Kind) -> Role:
     if kind.name in ("convolution", "embedding"):
         return cast(Role, kind.name)
-    *parents, leaf = path.split(".")
-    if leaf in ("lm_head", "classifier", "score", "qa_outputs"):
-        return "head"
-    if _in_attention(model, parents):
-        return next((role for role, names in _ATTENTION_NAMES.items() if re.fullmatch(names, leaf, re.I)), "attention")
-    return "mlp" if any(part.isdigit() for part in parents) else "other"
+    return linear_role(path, _in_attention(model, path.split(".")[:-1]))
 
 
 def _in_attention(model: nn.Module, parents: Sequence[str]) -> bool:
@@ -73,7 +60,7 @@ def _in_attention(model: nn.Module, parents: Sequence[str]) -> bool:
     module: nn.Module = model
     for part in parents:
         module = getattr(module, part)
-        if "attention" in type(module).__name__.lower() or re.search(r"attn|attention", part, re.I):
+        if "attention" in type(module).__name__.lower() or calls_itself_attention(part):
             return True
     return False
 

@@ -150,7 +150,7 @@ def test_no_logits_of_a_whole_batch_ever_exist():
 
     from rankwise.engine import head
 
-    head._CHUNK_BYTES["cpu"], kept = 64 * 97 * 4, head._CHUNK_BYTES["cpu"]
+    head.CHUNK_BYTES["cpu"], kept = 64 * 97 * 4, head.CHUNK_BYTES["cpu"]
     try:
         with Bank(model) as bank:
             bank.add("a", spec())
@@ -158,7 +158,7 @@ def test_no_logits_of_a_whole_batch_ever_exist():
                 forward.learn(lay(corpus, range(4)), [("a", 4)], np.ones(4), tick=0)
                 forward.measure(lay(corpus, range(4)), [("a", 4)])
     finally:
-        head._CHUNK_BYTES["cpu"] = kept
+        head.CHUNK_BYTES["cpu"] = kept
     assert 0 < largest <= 64
 
 

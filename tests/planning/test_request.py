@@ -1,21 +1,20 @@
-"""The numbers that planning must share with the engine, which it cannot import."""
+"""What a plan is asked for, and the machine it is made for."""
 
 import pytest
 import torch
 
-from rankwise.engine.head import _CHUNK_BYTES, chunk_rows
-from rankwise.engine.loop import MICRO_TOKENS
+from rankwise.engine.head import chunk_rows
 from rankwise.errors import SpecError
 from rankwise.frozen.precision import choose_precision
 from rankwise.kernels.library import native
-from rankwise.planning import request as planned
+from rankwise.planning.limits import CHUNK_BYTES, LEAST_CHUNK
 from rankwise.planning.request import METHODS, PlanRequest, machine_for
 
 
-def test_the_engine_s_limits_are_the_same():
-    assert planned.MICRO_TOKENS == MICRO_TOKENS
-    assert planned.CHUNK_BYTES == _CHUNK_BYTES
-    assert chunk_rows(10**12, torch.float32, torch.device("cpu")) == planned.LEAST_CHUNK
+def test_the_engine_keeps_the_limits_that_are_planned_with():
+    cpu = torch.device("cpu")
+    assert chunk_rows(10**12, torch.float32, cpu) == LEAST_CHUNK
+    assert chunk_rows(1000, torch.float32, cpu) == CHUNK_BYTES["cpu"] // 4000
 
 
 def test_the_machine_is_judged_as_torch_judges_it():

@@ -39,3 +39,15 @@ def test_a_padding_wider_than_the_kernel_merges(mode):
             want = model(x)
         assert bank.merge("a").layers == 2
         assert relative(model(x), want) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_change_too_small_for_the_weights_format_is_told(dtype):
+    model = nn.Sequential(nn.Linear(16, 16)).to(dtype)
+    model[0].weight.fill_(1.0)
+    with Bank(model) as bank:
+        trained(bank, "a", spec(("0",)))
+        for factors in bank.adapter("a").sites.values():
+            factors.B *= 1e-9
+        assert bank.merge("a").surviving < 0.5
