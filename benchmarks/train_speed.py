@@ -8,7 +8,8 @@ optimiser steps of 8 documents.  Sides, each in its own process, in turn, round 
     usual      PEFT as people run it: bfloat16 base, float32 adapters, batches of 8 padded to their longest
     best       PEFT at its best: bfloat16 adapters, documents grouped by length
     rankwise
-    products   the matrix products of a step alone, by torch, on the shapes of rankwise's micro-batches
+    products   the matrix products of a step alone, by torch, on the shapes of rankwise's micro-batches: what documents
+               have in common at their beginning is multiplied once there too
 
 Useful tokens are real ones, padding is none.  Speed is tokens over seconds of all steps but the first; memory is the
 highest resident size of the process up to the end of training; validation losses are measured by one program for all.
@@ -156,9 +157,10 @@ def run_products(folder: Path, model_path: str) -> dict[str, Any]:
 
     from rankwise.adapters.presets import TARGET_ROLES
     from rankwise.data.order import Order, micro_batches
+    from rankwise.data.stream import lay
     from rankwise.engine.head import chunk_rows
-    from rankwise.engine.loop import MICRO_TOKENS
     from rankwise.kernels.library import reclaim_memory_lazily
+    from rankwise.planning.limits import MICRO_TOKENS
     from rankwise.surgery.sites import find_sites
 
     reclaim_memory_lazily()
@@ -166,13 +168,14 @@ def run_products(folder: Path, model_path: str) -> dict[str, Any]:
     model = transformers.AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16).requires_grad_(False)
     sites = [s for s in find_sites(model).values() if s.role in TARGET_ROLES["all-linear"]]
     weights, head = [site.module.weight for site in sites], model.get_output_embeddings().weight
-    lengths, supervised = corpus.lengths(), corpus.supervised_counts()
+    lengths = corpus.lengths()
     steps = Order(lengths, 0, 1, DOCUMENTS_A_STEP).epoch(0)[:6]
     micros = [m for step in steps for m in micro_batches(step, lengths, MICRO_TOKENS["cpu"])]
     thin = {n: torch.randn(n, RANK).bfloat16() for n in {size for w in weights for size in w.shape}}
 
     def once(micro: np.ndarray, adapters: bool) -> None:
-        tokens, targets = int(lengths[micro].sum()), int(supervised[micro].sum())
+        stream = lay(corpus, micro, [len(micro)])
+        tokens, targets = stream.size, len(stream.targets)
         x = {n: torch.ones(tokens, n, dtype=torch.bfloat16) for n in thin}
         shrunk = torch.ones(tokens, RANK, dtype=torch.bfloat16)
         for w in weights:

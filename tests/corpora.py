@@ -20,6 +20,14 @@ def random_corpus(lengths: list[int], seed: int = 0, supervised: float = 0.5) ->
     return Corpus(tokens, mask, bounds.astype(np.int64), lines.astype(np.int64), ("random.jsonl",))
 
 
+def alike_corpus(lengths: list[int], shared: list[tuple[int, int, int]], supervised: float = 0.5) -> Corpus:
+    """A random corpus in which, for each `(a, b, tokens)`, document b begins with so many tokens of document a."""
+    corpus = random_corpus(lengths, supervised=supervised)
+    for a, b, tokens in shared:
+        corpus.document(b)[0][:tokens] = corpus.document(a)[0][:tokens]
+    return corpus
+
+
 def pattern_corpus(documents: int, seed: int = 0) -> Corpus:
     """Documents that can be learnt: a start token, then its successors, supervised."""
     generator = np.random.default_rng(seed)

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import rankwise
-from rankwise.data.stream import lay
 from rankwise.engine.forward import Forward
 from rankwise.kernels.library import native, serves
 from rankwise.surgery.bank import Bank
@@ -62,7 +61,7 @@ def facts() -> dict[str, Any]:
     with Bank(tiny("llama", torch.bfloat16)) as bank:
         trained(bank, "a", spec("all-linear"), size=0.1)
         with Forward(bank) as forward:
-            losses = forward.measure(lay(random_corpus([40, 25, 60]), range(3)), [("a", 3)]).documents
+            losses = forward.measure(random_corpus([40, 25, 60]), range(3), [("a", 3)]).documents
             found = {"fused": forward.fused, "layout": forward.layout, "losses": losses.tolist()}
     return found | {"home": rankwise.__file__, "served": serves(torch.ones(1, dtype=torch.bfloat16))}
 

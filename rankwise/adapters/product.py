@@ -7,12 +7,14 @@ Shape letters: N rows, I inputs, O outputs, R rank.  W is [O, I], A [R, I], B [O
 What makes it fast and light (accounting in docs/engine.md): the low-rank part is added into the output of the base
 product; no gradient of W is ever made; nothing of the size of y is kept but, under a gain, y; A and B are float32
 masters, rounded to the activations' type for the products only; both parts of dX meet in one buffer.
+
+The compiled path (kernels/lowrank.c) does the same in one call each way.  It rounds once where torch's own product and
+an addition to it round twice, so it is taken only where that is wanted: while the engine holds a model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,31 +22,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rankwise.kernels.gain import gain_gradients, scale_columns
+from rankwise.kernels.lowrank import Part, backward_product, forward_product, serves_product
 
 
-@dataclass(frozen=True)
-class Part:
-    """Rows `start` up to `stop` go through one adapter; `keep` is its dropout mask over them, or None."""
-
-    start: int
-    stop: int
-    A: Tensor
-    B: Tensor
-    scale: float
-    dropout: float = 0.0
-    keep: Tensor | None = None
-    gain: Tensor | None = None
-
-
-def low_rank_product(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[Part]) -> Tensor:
+def low_rank_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[Part], *, compiled: bool = False
+) -> Tensor:
     """`[..., I]` → `[..., O]`; rows are counted over the leading dimensions, flattened.
 
-    Rows in no part pass through the base alone.  `weight` and `bias` are constants.
+    Rows in no part pass through the base alone.  `weight` and `bias` are constants.  `compiled` lets the compiled path
+    be taken where it serves these tensors; without it, rows of the base alone are to the bit what `F.linear` gives.
     """
+    compiled = compiled and serves_product(x, weight, bias, parts)
     factors = [t for part in parts for t in (part.A, part.B, part.gain)]
-    if not (torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in factors))):
-        return _forward(x, weight, bias, parts, [])
-    return _LowRankProduct.apply(x, weight, bias, tuple(parts), *factors)
+    if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in factors)):
+        product = _CompiledProduct if compiled else _LowRankProduct
+        return product.apply(x, weight, bias, tuple(parts), *factors)
+    if compiled:
+        return forward_product(x.reshape(-1, x.shape[-1]), weight, bias, parts)[0].view(*x.shape[:-1], -1)
+    return _forward(x, weight, bias, parts, [])
 
 
 def _dropped(x: Tensor, part: Part) -> Tensor:
@@ -108,6 +104,46 @@ class _LowRankProduct(torch.autograd.Function):
             else:
                 dx[rows].add_(_dropped(d_shrink @ A, part))
         return (None if dx is None else dx.view(shape), None, None, None, *found)
+
+
+class _CompiledProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, parts: tuple[Part, ...], *factors: Tensor | None
+    ) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        y, shrinks = forward_product(flat, weight, bias, parts)
+        kept_y = y if any(part.gain is not None for part in parts) else None
+        ctx.save_for_backward(flat if parts else None, weight, bias, kept_y, *factors, *shrinks)
+        ctx.parts = parts
+        ctx.shape = x.shape
+        ctx.set_materialize_grads(False)
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        (g,) = grads
+        count = len(ctx.parts)
+        if g is None:
+            return (None,) * (4 + 3 * count)
+        x, weight, bias, y, *kept = ctx.saved_tensors
+        dx, found = backward_product(
+            g.reshape(-1, g.shape[-1]),
+            x,
+            y,
+            weight,
+            bias,
+            ctx.parts,
+            kept[3 * count :],
+            for_x=ctx.needs_input_grad[0],
+        )
+        gains = kept[2 : 3 * count : 3]
+        of_parts = [
+            grad
+            for (dA, dB, applied), gain in zip(found, gains, strict=True)
+            for grad in (dA, dB, None if applied is None else torch.where(gain == 0, 0, applied / gain))
+        ]
+        return (None if dx is None else dx.view(ctx.shape), None, None, None, *of_parts)
 
 
 def _through_gains(

@@ -21,7 +21,9 @@ from rankwise.kernels.gate import ACTIVATIONS, gated
 from rankwise.kernels.library import serves
 from rankwise.kernels.norm import rms_norm
 from rankwise.kernels.rotary import rotated, serves_rotary
+from rankwise.surgery.kinds import Kind, LinearKind, kind_of
 from rankwise.surgery.layer import Stand
+from rankwise.surgery.sites import head_of
 
 _ALIKE = 1e-2  # relative: two roundings to bfloat16 differ by about 4e-3
 _ROTARY = "apply_rotary_pos_emb"  # a function of each of transformers' modelling files, looked up at every call
@@ -50,6 +52,23 @@ class _GatedFeedForward(nn.Module):
         return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), self.activation))
 
 
+class _Linear(nn.Module):
+    """Stands in for a linear layer that no adapter changes."""
+
+    def __init__(self, base: nn.Module, kind: Kind) -> None:
+        super().__init__()
+        self.base, self.kind = base, kind
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.kind.adapted(self.base, x, [], compiled=True)
+
+
 class _Rotary:
     """Stands in for a modelling file's rotary function, which has what the kernel does not take.
 
@@ -68,21 +87,44 @@ class _Rotary:
 
 @contextmanager
 def fused_blocks(model: nn.Module) -> Iterator[int]:
-    """Within it, blocks that the kernels can run are run by them; yields how many, rotary embeddings not counted."""
+    """Within it, blocks that the kernels can run are run by them.
+
+    Yields how many norms and feed-forward blocks; linear layers and rotary embeddings are not counted.
+    """
+    with _replaced(model, _linear_stand_ins(model)), _replaced(model, _stand_in) as count, _fused_rotary(model):
+        yield count
+
+
+@contextmanager
+def _replaced(model: nn.Module, stand_in_for: Callable[[nn.Module], nn.Module | None]) -> Iterator[int]:
     places = []
     for path, module in list(model.named_modules()):
-        stand_in = None if isinstance(module, Stand) or ".adapters." in f".{path}." else _stand_in(module)
+        stand_in = None if isinstance(module, Stand) or ".adapters." in f".{path}." else stand_in_for(module)
         if stand_in is not None:
             parent, _, leaf = path.rpartition(".")
             places.append((model.get_submodule(parent), leaf, module, stand_in))
     try:
         for parent, leaf, _, stand_in in places:
             setattr(parent, leaf, stand_in)
-        with _fused_rotary(model):
-            yield len(places)
+        yield len(places)
     finally:
         for parent, leaf, module, _ in places:
             setattr(parent, leaf, module)
+
+
+def _linear_stand_ins(model: nn.Module) -> Callable[[nn.Module], nn.Module | None]:
+    """For layers that no adapter changes, but the output layer, which engine/head.py takes in chunks."""
+    held = [stand.base for stand in model.modules() if isinstance(stand, Stand)]
+    others = {id(module) for base in held for module in base.modules()} | {id(head_of(model))}
+
+    def stand_in(module: nn.Module) -> nn.Module | None:
+        kind = kind_of(module)
+        if not isinstance(kind, LinearKind) or id(module) in others:
+            return None
+        frozen = not any(parameter.requires_grad for parameter in module.parameters())
+        return _Linear(module, kind) if frozen and serves(*module.parameters()) else None
+
+    return stand_in
 
 
 @contextmanager

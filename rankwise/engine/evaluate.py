@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from rankwise.data.corpus import Corpus
-from rankwise.data.stream import lay
 from rankwise.engine.forward import Forward
 from rankwise.engine.paired import Difference, paired_difference
 from rankwise.surgery.bank import Bank
@@ -39,9 +38,8 @@ def document_losses(
         last = i + 1 == len(queue)
         if not last and held + lengths[queue[i + 1]] <= micro_tokens:
             continue
-        stream = lay(corpus, waiting)
         for row, name in enumerate(names):
-            losses[row, waiting] = forward.measure(stream, [(name, len(waiting))]).documents
+            losses[row, waiting] = forward.measure(corpus, waiting, [(name, len(waiting))]).documents
         done += len(waiting)
         waiting, held = [], 0
         if progress is not None:

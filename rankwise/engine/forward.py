@@ -20,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rankwise.data.stream import Stream
+from rankwise.data.corpus import Corpus
+from rankwise.data.stream import LEAST_SHARED, Stream, lay
 from rankwise.engine.attention import UnpackableError, packed, streaming
 from rankwise.engine.blocks import fused_blocks
 from rankwise.engine.head import Shaping, frozen_head_loss, measured_losses, trained_head_loss
@@ -29,7 +30,7 @@ from rankwise.kernels.attention import Spans
 from rankwise.kernels.library import reclaim_memory_lazily
 from rankwise.surgery.bank import Bank
 from rankwise.surgery.layer import AdaptedLayer, Stand
-from rankwise.surgery.routing import Route
+from rankwise.surgery.routing import Route, Router
 
 Runs = Sequence[tuple[str | None, int]]  # adapter (None: the base) and how many documents it takes, in order
 
@@ -90,6 +91,7 @@ class Forward:
         held.enter_context(self.bank.use(None))
         want = _Probe.of(self.model)
         self.fused = held.enter_context(fused_blocks(self.model))
+        held.enter_context(_compiled(self.bank.router))
         try:
             with ExitStack() as packing:
                 packing.enter_context(packed(self.model))
@@ -108,11 +110,14 @@ class Forward:
 
     # ── passes ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def learn(self, stream: Stream, runs: Runs, weights: np.ndarray, tick: int) -> Losses:
+    def learn(
+        self, corpus: Corpus, documents: Sequence[int] | np.ndarray, runs: Runs, weights: np.ndarray, tick: int
+    ) -> Losses:
         """Forward and backward: gradients of `Σ weights[i] · loss of document i` are added to the adapters' own.
 
         `weights` is float `[D]`; `tick` numbers the pass for dropout.
         """
+        stream = self._laid(corpus, documents, runs)
         with self._routed(stream, runs, tick), _dropping(self.model):
             hidden, targets = self._supervised_hidden(stream)
             each = torch.as_tensor(weights[stream.owners], dtype=torch.float32, device=hidden.device)
@@ -122,8 +127,9 @@ class Forward:
         return _per_document(losses, stream)
 
     @torch.no_grad()
-    def measure(self, stream: Stream, runs: Runs) -> Losses:
+    def measure(self, corpus: Corpus, documents: Sequence[int] | np.ndarray, runs: Runs) -> Losses:
         """Forward alone."""
+        stream = self._laid(corpus, documents, runs)
         with self._routed(stream, runs, tick=0):
             hidden, targets = self._supervised_hidden(stream)
             parts = [
@@ -132,14 +138,19 @@ class Forward:
             ]
         return _per_document(torch.cat(parts), stream)
 
+    def _laid(self, corpus: Corpus, documents: Sequence[int] | np.ndarray, runs: Runs) -> Stream:
+        """Padded rows are whole documents; in a packed stream those of one adapter share how they begin."""
+        return lay(corpus, documents, [count for _, count in runs] if self.layout == "packed" else None)
+
     @contextmanager
     def _routed(self, stream: Stream, runs: Runs, tick: int) -> Iterator[None]:
         names = [name for name, count in runs for _ in range(count)]
         if self.layout == "rows":
             route = self.bank.route(names, tick)
         else:
-            route = self.bank.stream(zip(names, stream.lengths.tolist(), strict=True), tick)
-        with route, streaming(Spans(stream.bounds)):
+            of_segments = [names[holder] for holder in stream.holders]
+            route = self.bank.stream(zip(of_segments, stream.lengths.tolist(), strict=True), tick)
+        with route, streaming(Spans(stream.bounds, stream.after)):
             yield
 
     def _supervised_hidden(self, stream: Stream) -> tuple[Tensor, Tensor]:
@@ -217,8 +228,8 @@ class Forward:
     @torch.no_grad()
     def _probed(self, probe: _Probe) -> list[Tensor]:
         """Logits of the probe's documents as the engine gets them."""
-        stream = probe.stream()
         runs = [(None, len(probe.documents))]
+        stream = self._laid(probe.corpus(), range(len(probe.documents)), runs)
         with self._routed(stream, runs, tick=0):
             hidden, _ = self._supervised_hidden(stream)
             logits = self._logits_of(None)(hidden)
@@ -227,7 +238,7 @@ class Forward:
 
 @dataclass(frozen=True)
 class _Probe:
-    """Two short documents of random tokens and the logits the untouched model gives each alone."""
+    """Short documents of random tokens, the last two alike at first, and the logits the model gives each alone."""
 
     documents: list[np.ndarray]
     logits: list[Tensor]
@@ -236,7 +247,9 @@ class _Probe:
     @torch.no_grad()
     def of(cls, model: PreTrainedModel) -> _Probe:
         words = model.config.get_text_config().vocab_size
-        documents = [np.random.default_rng(seed).integers(words, size=size) for seed, size in enumerate((7, 9))]
+        sizes = (7, LEAST_SHARED + 2, LEAST_SHARED + 5)
+        documents = [np.random.default_rng(seed).integers(words, size=size) for seed, size in enumerate(sizes)]
+        documents[2][:LEAST_SHARED] = documents[1][:LEAST_SHARED]
         rows = [torch.as_tensor(tokens, device=model.device).unsqueeze(0) for tokens in documents]
         try:
             logits = [model(input_ids=row, use_cache=False).logits[0, :-1] for row in rows]
@@ -251,16 +264,15 @@ class _Probe:
         return cls(documents, logits)
 
     def with_another_first(self) -> _Probe:
-        return _Probe([self.documents[0][::-1].copy(), self.documents[1]], self.logits)
+        return _Probe([self.documents[0][::-1].copy(), *self.documents[1:]], self.logits)
 
-    def stream(self) -> Stream:
-        bounds = np.cumsum([0, *map(len, self.documents)])
-        tokens, owners = np.concatenate(self.documents), np.repeat([0, 1], np.diff(bounds))
-        positions = np.arange(len(tokens)) - bounds[owners]
-        later = positions > 0
-        sources = np.flatnonzero(later) - 1
-        spans = tuple(bounds.tolist())
-        return Stream(np.arange(2), tokens, positions, spans, sources, tokens[later], owners[later])
+    def corpus(self) -> Corpus:
+        """Every token but the first of each is supervised."""
+        lengths = [len(tokens) for tokens in self.documents]
+        tokens, bounds = np.concatenate(self.documents), np.cumsum([0, *lengths])
+        supervised = np.ones(len(tokens), dtype=np.bool_)
+        supervised[bounds[:-1]] = False
+        return Corpus(tokens, supervised, bounds, np.zeros((len(lengths), 2), dtype=np.int64), ("",))
 
 
 def _agree(got: list[Tensor], want: list[Tensor], slack: float = 1.0) -> bool:
@@ -300,6 +312,15 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def _compiled(router: Router) -> Iterator[None]:
+    router.compiled = True
+    try:
+        yield
+    finally:
+        router.compiled = False
 
 
 @contextmanager

@@ -81,9 +81,10 @@ class _FrozenHeadLoss(torch.autograd.Function):
         grad = torch.empty_like(hidden)
         losses = []
         step = chunk_rows(len(weight), hidden.dtype, hidden.device)
+        room = hidden.new_empty(min(step, len(hidden)), len(weight))  # for each chunk's logits in turn
         for at in range(0, len(hidden), step):
             rows = slice(at, at + step)
-            logits = shaping(F.linear(hidden[rows], weight, bias))
+            logits = shaping(_linear(hidden[rows], weight, bias, room))
             slope = shaping.slope(logits)
             losses.append(cross_entropy(logits, targets[rows], weights[rows]))
             torch.mm(logits if isinstance(slope, float) else logits * slope, weight, out=grad[rows])
@@ -98,6 +99,11 @@ class _FrozenHeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
         return (grad * grads[0].to(grad.dtype), None, None, None, None, None)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, room: Tensor) -> Tensor:
+    out = room[: len(x)]
+    return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
 
 
 def trained_head_loss(

@@ -19,7 +19,6 @@ import torch
 
 from rankwise.data.corpus import Corpus
 from rankwise.data.order import Order, micro_batches
-from rankwise.data.stream import lay
 from rankwise.engine.evaluate import document_losses
 from rankwise.engine.folder import RunFolder
 from rankwise.engine.forward import Forward
@@ -225,10 +224,10 @@ class _Training:
         weight = 1.0 / self.supervised[documents].sum()
         for number, micro in enumerate(micro_batches(documents, self.lengths, self.micro_tokens)):
             interrupt.check()
-            stream = lay(self.data, np.tile(micro, len(names)))
+            laid = np.tile(micro, len(names))
             runs = [(name, len(micro)) for name in names]
             tick = (self.done << 20) + number
-            found = self.forward.learn(stream, runs, np.full(len(stream.documents), weight), tick)
+            found = self.forward.learn(self.data, laid, runs, np.full(len(laid), weight), tick)
             own = [place[int(document)] for document in micro]
             for name, part in zip(names, np.split(found.documents, len(names)), strict=True):
                 losses[name][own] = part

@@ -1,12 +1,16 @@
 /* Causal attention over a packed stream in which every document sees only itself, forward and backward.
  *
  * q [tokens, heads, width], k and v [tokens, groups, width], bfloat16, any strides but the last; heads / groups query
- * heads share one key-value head.  Document i is tokens bounds[i] … bounds[i+1]-1.  `window` > 0 lets a token see that
- * many tokens back, itself included; 0 is no limit.  Scores, softmax and all sums are float32; probabilities are kept
- * for no longer than a block and made again in the backward pass from the row's log-sum-exp (FlashAttention-2,
+ * heads share one key-value head.  Segment i is tokens bounds[i] … bounds[i+1]-1.  It sees itself and, where
+ * after[i] >= 0, the segment that it continues, and so on: what several documents have in common at their beginning
+ * stands in the stream once.  Segments that continue one follow it at once.  `window` > 0 lets a token see that many
+ * tokens back, itself included; 0 is no limit.  Scores, softmax and all sums are float32; probabilities are kept for no
+ * longer than a block and made again in the backward pass from the row's log-sum-exp (FlashAttention-2,
  * arXiv:2307.08691, algorithms 1 and 2, with whole rows in place of the running maximum: documents are short).
  *
- * One task is one head of one document.  Both functions return 0, or 1 where memory for the blocks was not to be had.
+ * One task is one head of one segment.  Both functions return 0, or 1 where memory for the blocks was not to be had.
+ *
+ * Shape letters in comments: L tokens of a segment, T of all that it sees.
  */
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <omp.h>
@@ -17,101 +21,159 @@ typedef struct {
     i64 token, head; /* strides, in elements */
 } Heads;
 
+typedef struct {
+    const i64 *bounds, *after;
+    i64 count, tokens, heads, groups, width;
+    float scale;
+    i64 window;
+} Layout;
+
+typedef struct {
+    i64 start, length, before; /* before: tokens of the segments that it continues */
+} Segment;
+
+typedef struct {
+    const bf16 *data;
+    i64 step;
+} Rows;
+
 static const bf16 *at(Heads x, i64 token, i64 head) { return x.data + token * x.token + head * x.head; }
 
-enum { QUERIES = 48, KEYS = 96, COLUMNS = 128 }; /* block sizes: multiples of the 6-row tile, scores fit the L2 cache */
+/* Block sizes: multiples of the 6-row tile, scores fit the first cache. */
+enum { QUERIES = 24, KEYS = 48, COLUMNS = 64 };
 
-/* Turns the scores of one query into weights exp(score - max), zero for the keys outside first … end-1; from … to is
- * the range that is stored.  Gives the row's log-sum-exp and the inverse of the sum, by which the result is divided. */
-static void softmax_row(float *scores, bf16 *weights, i64 from, i64 to, i64 first, i64 end, float scale, float *lse,
-                        float *inverse) {
+static const float LOG2_E = 1.44269504f;
+
+static Segment segment_at(const Layout *l, i64 i) {
+    Segment s = {l->bounds[i], l->bounds[i + 1] - l->bounds[i], 0};
+    for (i64 a = l->after[i]; a >= 0; a = l->after[a]) s.before += l->bounds[a + 1] - l->bounds[a];
+    return s;
+}
+
+/* The longest T, and in `borrowed` how many tokens all segments together see outside themselves. */
+static i64 longest(const Layout *l, i64 *borrowed) {
+    i64 most = 0;
+    *borrowed = 0;
+    for (i64 i = 0; i < l->count; i++) {
+        Segment s = segment_at(l, i);
+        if (s.before + s.length > most) most = s.before + s.length;
+        *borrowed += s.before;
+    }
+    return ROUND_UP(most, LANES);
+}
+
+/* All that segment i sees of one head, T rows: where they lie, or gathered in `room`. */
+static Rows seen_rows(const Layout *l, Heads x, i64 i, Segment own, i64 head, bf16 *room) {
+    if (!own.before) return (Rows){at(x, own.start, head), x.token};
+    i64 place = own.before + own.length;
+    for (i64 a = i; a >= 0; a = l->after[a])
+        for (i64 t = l->bounds[a + 1] - 1; t >= l->bounds[a]; t--)
+            memcpy(room + --place * l->width, at(x, t, head), 2 * l->width);
+    return (Rows){room, l->width};
+}
+
+/* Turns the scores of one query into weights exp(scale · (score - max)), zero for the keys outside first … end-1;
+ * from … to is the range that is stored.  Gives the row's log-sum-exp and the inverse of the sum, by which the result
+ * is divided. */
+static void softmax_row(const float *scores, bf16 *weights, i64 from, i64 to, i64 first, i64 end, float scale,
+                        float *lse, float *inverse) {
     i64 begin = first / LANES * LANES;
-    __m512 high = all(-INFINITY);
+    __m512 high = all(-INFINITY), sum = _mm512_setzero_ps();
     for (i64 j = begin; j < end; j += LANES) {
         __mmask16 seen = lanes_left(j, end) & (j >= first ? 0xffff : (__mmask16)(0xffff << (first - j)));
-        __m512 s = _mm512_mask_mul_ps(all(-INFINITY), seen, _mm512_loadu_ps(scores + j), all(scale));
-        _mm512_storeu_ps(scores + j, s);
-        high = _mm512_max_ps(high, s);
+        high = _mm512_mask_max_ps(high, seen, high, _mm512_loadu_ps(scores + j));
     }
-    float most = _mm512_reduce_max_ps(high);
-    __m512 sum = _mm512_setzero_ps();
+    float most = _mm512_reduce_max_ps(high), turns = scale * LOG2_E;
     for (i64 j = from; j < begin; j += LANES) store_zero(weights + j);
     for (i64 j = begin; j < end; j += LANES) {
-        __m512 s = _mm512_loadu_ps(scores + j);
-        __mmask16 seen = _mm512_cmp_ps_mask(s, all(-INFINITY), _CMP_NEQ_UQ);
-        s = _mm512_maskz_mov_ps(seen, exponential(_mm512_sub_ps(s, all(most))));
+        __mmask16 seen = lanes_left(j, end) & (j >= first ? 0xffff : (__mmask16)(0xffff << (first - j)));
+        __m512 s = _mm512_fmsub_ps(_mm512_loadu_ps(scores + j), all(turns), all(most * turns));
+        s = _mm512_maskz_mov_ps(seen, power_of_two(s));
         sum = _mm512_add_ps(sum, s);
         store(weights + j, s);
     }
     for (i64 j = ROUND_UP(end, LANES); j < to; j += LANES) store_zero(weights + j);
     float total = _mm512_reduce_add_ps(sum);
-    *lse = most + logf(total);
+    *lse = most * scale + logf(total);
     *inverse = 1.0f / total;
 }
 
-static i64 longest(const i64 *bounds, i64 documents) {
-    i64 most = 0;
-    for (i64 i = 0; i < documents; i++)
-        if (bounds[i + 1] - bounds[i] > most) most = bounds[i + 1] - bounds[i];
-    return ROUND_UP(most, LANES);
+/* What one task works in; every array is a slice of the thread's scratch. */
+typedef struct {
+    uint32_t *keys, *values; /* pairs of features [width / 2, T], of tokens [T / 2, width] */
+    float *scores, *sums;    /* [QUERIES, T], [QUERIES, width] */
+    bf16 *weights, *gathered; /* [QUERIES, T], [T, width] */
+} Desk;
+
+static i64 desk_bytes(i64 padded, i64 width) {
+    return ROUND_UP(4 * padded * width + 6 * QUERIES * padded + 4 * QUERIES * width + 2 * padded * width, 64);
 }
 
-static size_t forward_bytes(i64 padded, i64 width) {
-    return ROUND_UP(4 * padded * width + 6 * QUERIES * padded + 4 * QUERIES * width, 64);
+static Desk desk_at(char *scratch, i64 padded, i64 width) {
+    Desk d;
+    d.keys = (uint32_t *)scratch;
+    d.values = d.keys + width / 2 * padded;
+    d.scores = (float *)(d.values + padded / 2 * width);
+    d.sums = d.scores + QUERIES * padded;
+    d.weights = (bf16 *)(d.sums + QUERIES * width);
+    d.gathered = d.weights + QUERIES * padded;
+    return d;
 }
 
-int attention_forward(Heads q, Heads k, Heads v, bf16 *out, float *lse, const i64 *bounds, i64 documents, i64 tokens,
-                      i64 heads, i64 groups, i64 width, float scale, i64 window) {
-    size_t size = forward_bytes(longest(bounds, documents), width);
+static void forward_task(const Layout *l, Desk d, Heads q, Heads k, Heads v, bf16 *out, float *lse, i64 i, i64 head) {
+    Segment own = segment_at(l, i);
+    i64 whole = own.before + own.length, padded = ROUND_UP(whole, LANES), width = l->width, group = head / (l->heads / l->groups);
+    Rows keys = seen_rows(l, k, i, own, group, d.gathered);
+    pairs_of_features(keys.data, keys.step, whole, padded, width, d.keys);
+    Rows values = seen_rows(l, v, i, own, group, d.gathered);
+    pairs_of_tokens(values.data, values.step, whole, padded, width, d.values);
+    for (i64 t = 0; t < own.length; t += QUERIES) {
+        i64 rows = own.length - t < QUERIES ? own.length - t : QUERIES, place = own.before + t;
+        i64 to = ROUND_UP(place + rows, LANES);
+        i64 from = l->window > 0 && place + 1 > l->window ? (place + 1 - l->window) / LANES * LANES : 0;
+        float inverse[QUERIES];
+        product(at(q, own.start + t, head), q.token, d.keys + from, padded, width / 2, d.scores + from, padded, rows,
+                to - from, 0);
+        for (i64 r = 0; r < rows; r++) {
+            i64 end = place + r + 1, first = l->window > 0 && end > l->window ? end - l->window : 0;
+            softmax_row(d.scores + r * padded, d.weights + r * padded, from, to, first, end, l->scale,
+                        lse + head * l->tokens + own.start + t + r, inverse + r);
+        }
+        product(d.weights + from, padded, d.values + from / 2 * width, width, (to - from) / 2, d.sums, width, rows, width, 0);
+        for (i64 r = 0; r < rows; r++)
+            for (i64 c = 0; c < width; c += LANES)
+                store(out + ((own.start + t + r) * l->heads + head) * width + c,
+                      _mm512_mul_ps(_mm512_loadu_ps(d.sums + r * width + c), all(inverse[r])));
+    }
+}
+
+int attention_forward(Heads q, Heads k, Heads v, bf16 *out, float *lse, Layout l) {
+    i64 borrowed, padded = longest(&l, &borrowed), size = desk_bytes(padded, l.width);
     char *scratch = aligned_alloc(64, size * omp_get_max_threads());
     if (!scratch) return 1;
 #pragma omp parallel for schedule(dynamic)
-    for (i64 task = 0; task < documents * heads; task++) {
-        i64 start = bounds[task / heads], length = bounds[task / heads + 1] - start, padded = ROUND_UP(length, LANES);
-        i64 head = task % heads, group = head / (heads / groups);
-        uint32_t *keys = (uint32_t *)(scratch + size * omp_get_thread_num()), *values = keys + width / 2 * padded;
-        float *scores = (float *)(values + padded / 2 * width), *sums = scores + QUERIES * padded;
-        bf16 *weights = (bf16 *)(sums + QUERIES * width);
-        pairs_of_features(at(k, start, group), k.token, length, padded, width, keys);
-        pairs_of_tokens(at(v, start, group), v.token, length, padded, width, values);
-        for (i64 t = 0; t < length; t += QUERIES) {
-            i64 rows = length - t < QUERIES ? length - t : QUERIES, to = ROUND_UP(t + rows, LANES);
-            i64 from = window > 0 && t + 1 > window ? (t + 1 - window) / LANES * LANES : 0;
-            float inverse[QUERIES];
-            product(at(q, start + t, head), q.token, keys + from, padded, width / 2, scores + from, padded, rows,
-                    to - from, 0);
-            for (i64 i = 0; i < rows; i++) {
-                i64 end = t + i + 1, first = window > 0 && end > window ? end - window : 0;
-                softmax_row(scores + i * padded, weights + i * padded, from, to, first, end, scale,
-                            lse + head * tokens + start + t + i, inverse + i);
-            }
-            product(weights + from, padded, values + from / 2 * width, width, (to - from) / 2, sums, width, rows, width,
-                    0);
-            for (i64 i = 0; i < rows; i++)
-                for (i64 d = 0; d < width; d += LANES)
-                    store(out + ((start + t + i) * heads + head) * width + d,
-                          _mm512_mul_ps(_mm512_loadu_ps(sums + i * width + d), all(inverse[i])));
-        }
-    }
+    for (i64 task = 0; task < l.count * l.heads; task++)
+        forward_task(&l, desk_at(scratch + size * omp_get_thread_num(), padded, l.width), q, k, v, out, lse,
+                     task / l.heads, task % l.heads);
     free(scratch);
     return 0;
 }
 
-/* What one backward task works in; every array is a slice of the thread's scratch. */
+/* What one backward task works in. */
 typedef struct {
     uint32_t *query_features, *grad_features, *query_tokens, *grad_tokens, *score_pairs;
     float *grad_query, *scores, *grad_weights, *row_dot, *grad_keys, *grad_values;
-    bf16 *weights, *grad_scores, *keys_across;
+    bf16 *weights, *grad_scores, *keys_across, *gathered_keys, *gathered_values;
 } Room;
 
-static size_t backward_bytes(i64 padded, i64 width) {
+static i64 room_bytes(i64 padded, i64 width) {
     i64 words = 2 * padded * width + KEYS / 2 * COLUMNS;
     i64 floats = width * padded + 2 * KEYS * COLUMNS + padded + 2 * KEYS * width;
-    i64 halves = 2 * KEYS * COLUMNS + width * ROUND_UP(padded, KEYS);
+    i64 halves = 2 * KEYS * COLUMNS + width * ROUND_UP(padded, KEYS) + 2 * padded * width;
     return ROUND_UP(4 * words + 4 * floats + 2 * halves, 64);
 }
 
-static Room furnish(char *scratch, i64 padded, i64 width) {
+static Room room_at(char *scratch, i64 padded, i64 width) {
     Room r;
     r.query_features = (uint32_t *)scratch;
     r.grad_features = r.query_features + width / 2 * padded;
@@ -127,14 +189,16 @@ static Room furnish(char *scratch, i64 padded, i64 width) {
     r.weights = (bf16 *)(r.grad_values + KEYS * width);
     r.grad_scores = r.weights + KEYS * COLUMNS;
     r.keys_across = r.grad_scores + KEYS * COLUMNS;
+    r.gathered_keys = r.keys_across + width * ROUND_UP(padded, KEYS);
+    r.gathered_values = r.gathered_keys + padded * width;
     return r;
 }
 
-/* Kᵀ[width, tokens], rows ROUND_UP(padded, KEYS) apart and zero past the document: the left side of dQᵀ = Kᵀ · dSᵀ. */
-static void lay_keys_across(Room r, const bf16 *k, i64 step, i64 length, i64 padded, i64 width) {
+/* Kᵀ[width, T], rows ROUND_UP(padded, KEYS) apart and zero past the last key: the left side of dQᵀ = Kᵀ · dSᵀ. */
+static void lay_keys_across(Room r, Rows k, i64 whole, i64 padded, i64 width) {
     i64 row = ROUND_UP(padded, KEYS);
     uint32_t *words = (uint32_t *)r.grad_query; /* free until the sums begin */
-    pairs_of_features(k, step, length, padded, width, words);
+    pairs_of_features(k.data, k.step, whole, padded, width, words);
     for (i64 d = 0; d < width; d += 2) {
         bf16 *even = r.keys_across + d * row, *odd = even + row;
         for (i64 t = 0; t < padded; t += LANES) {
@@ -147,11 +211,12 @@ static void lay_keys_across(Room r, const bf16 *k, i64 step, i64 length, i64 pad
     }
 }
 
-/* Scores and their gradient of one block, keys down and queries across: Pᵀ and dSᵀ = Pᵀ ∘ (dPᵀ - row_dot) · scale. */
-static void grad_block(Room r, i64 key, i64 keys, i64 query, i64 columns, i64 length, i64 window, float scale,
-                       const float *lse) {
+/* Scores and their gradient of one block, keys down and queries across: Pᵀ and dSᵀ = Pᵀ ∘ (dPᵀ - row_dot) · scale.
+ * Keys are counted over all that is seen, queries within the segment. */
+static void grad_block(const Layout *l, Room r, Segment own, i64 key, i64 keys, i64 query, i64 columns, const float *lse) {
     for (i64 i = 0; i < keys; i++) {
-        i64 first = key + i, end = window > 0 && first + window < length ? first + window : length;
+        i64 first = key + i - own.before, end = own.length;
+        if (l->window > 0 && first + l->window < end) end = first + l->window;
         for (i64 j = 0; j < columns; j += LANES) {
             i64 t = query + j, at_ = i * COLUMNS + j;
             __mmask16 seen = t >= end ? 0 : lanes_left(t, end);
@@ -161,108 +226,140 @@ static void grad_block(Room r, i64 key, i64 keys, i64 query, i64 columns, i64 le
                 store_zero(r.grad_scores + at_);
                 continue;
             }
-            __m512 s = _mm512_fmsub_ps(_mm512_loadu_ps(r.scores + at_), all(scale), _mm512_maskz_loadu_ps(seen, lse + t));
-            __m512 p = _mm512_maskz_mov_ps(seen, exponential(s));
+            __m512 offset = _mm512_mul_ps(_mm512_maskz_loadu_ps(seen, lse + t), all(LOG2_E));
+            __m512 s = _mm512_fmsub_ps(_mm512_loadu_ps(r.scores + at_), all(l->scale * LOG2_E), offset);
+            __m512 p = _mm512_maskz_mov_ps(seen, power_of_two(s));
             __m512 d = _mm512_sub_ps(_mm512_loadu_ps(r.grad_weights + at_), _mm512_loadu_ps(r.row_dot + t));
             store(r.weights + at_, p);
-            store(r.grad_scores + at_, _mm512_maskz_mul_ps(seen, _mm512_mul_ps(p, d), all(scale)));
+            store(r.grad_scores + at_, _mm512_maskz_mul_ps(seen, _mm512_mul_ps(p, d), all(l->scale)));
         }
     }
-    if (keys % 2) { /* products go by pairs of keys: the row past the last is zero */
-        memset(r.weights + keys * COLUMNS, 0, 2 * COLUMNS);
-        memset(r.grad_scores + keys * COLUMNS, 0, 2 * COLUMNS);
-    }
-    pairs_of_tokens(r.grad_scores, COLUMNS, ROUND_UP(keys, 2), ROUND_UP(keys, 2), COLUMNS, r.score_pairs);
+    pairs_of_tokens(r.grad_scores, COLUMNS, keys, keys, COLUMNS, r.score_pairs);
 }
 
-/* One head of one document.  grad_k and grad_v: float32 [tokens, heads, width], this head's own. */
-static void backward_task(Room r, Heads q, Heads k, Heads v, const bf16 *out, const float *lse, Heads grad, bf16 *grad_q,
-                          float *grad_k, float *grad_v, i64 start, i64 length, i64 head, i64 heads, i64 group, i64 width,
-                          float scale, i64 window) {
-    i64 padded = ROUND_UP(length, LANES), across = ROUND_UP(padded, KEYS), row = heads * width;
-    const bf16 *query = at(q, start, head), *key = at(k, start, group), *value = at(v, start, group);
-    const bf16 *upper = at(grad, start, head), *lower = out + start * row + head * width;
-    pairs_of_features(query, q.token, length, padded, width, r.query_features);
-    pairs_of_features(upper, grad.token, length, padded, width, r.grad_features);
-    pairs_of_tokens(query, q.token, length, padded, width, r.query_tokens);
-    pairs_of_tokens(upper, grad.token, length, padded, width, r.grad_tokens);
-    lay_keys_across(r, key, k.token, length, padded, width);
-    memset(r.grad_query, 0, 4 * width * padded);
-    for (i64 t = 0; t < padded; t++) {
+/* Σ over the features of grad ∘ out, for each query: what the softmax takes off every score's gradient. */
+static void lay_row_dots(Room r, const bf16 *upper, i64 step, const bf16 *lower, i64 row, i64 length, i64 width) {
+    for (i64 t = 0; t < ROUND_UP(length, LANES); t++) {
         __m512 dot = _mm512_setzero_ps();
         for (i64 d = 0; t < length && d < width; d += LANES)
-            dot = _mm512_fmadd_ps(load(upper + t * grad.token + d), load(lower + t * row + d), dot);
+            dot = _mm512_fmadd_ps(load(upper + t * step + d), load(lower + t * row + d), dot);
         r.row_dot[t] = _mm512_reduce_add_ps(dot);
     }
-    for (i64 t = 0; t < length; t += KEYS) {
-        i64 keys = length - t < KEYS ? length - t : KEYS;
-        i64 last = window > 0 && t + keys - 1 + window < length ? t + keys - 1 + window : length;
-        memset(r.grad_keys, 0, 4 * KEYS * width);
-        memset(r.grad_values, 0, 4 * KEYS * width);
-        for (i64 c = t / LANES * LANES; c < last; c += COLUMNS) {
-            i64 columns = ROUND_UP(last - c < COLUMNS ? last - c : COLUMNS, LANES);
-            product(key + t * k.token, k.token, r.query_features + c, padded, width / 2, r.scores, COLUMNS, keys,
-                    columns, 0);
-            product(value + t * v.token, v.token, r.grad_features + c, padded, width / 2, r.grad_weights, COLUMNS, keys,
-                    columns, 0);
-            grad_block(r, t, keys, c, columns, length, window, scale, lse);
-            product(r.weights, COLUMNS, r.grad_tokens + c / 2 * width, width, columns / 2, r.grad_values, width, keys,
-                    width, 1);
-            product(r.grad_scores, COLUMNS, r.query_tokens + c / 2 * width, width, columns / 2, r.grad_keys, width,
-                    keys, width, 1);
-            product(r.keys_across + t, across, r.score_pairs, COLUMNS, (keys + 1) / 2, r.grad_query + c, padded, width,
-                    columns, 1);
-        }
-        for (i64 i = 0; i < keys; i++) {
-            memcpy(grad_k + (start + t + i) * row + head * width, r.grad_keys + i * width, 4 * width);
-            memcpy(grad_v + (start + t + i) * row + head * width, r.grad_values + i * width, 4 * width);
-        }
-    }
-    for (i64 t = 0; t < padded; t += LANES)
-        for (i64 d = 0; d < width; d += LANES) {
+}
+
+/* dQᵀ [width, L] in grad_query, as rows of grad_q. */
+static void give_grad_query(const Layout *l, Room r, Segment own, i64 padded, i64 head, bf16 *grad_q) {
+    for (i64 t = 0; t < own.length; t += LANES)
+        for (i64 d = 0; d < l->width; d += LANES) {
             __m512i x[LANES];
             UNROLL for (int j = 0; j < LANES; j++) x[j] = _mm512_loadu_si512(r.grad_query + (d + j) * padded + t);
             transpose_words(x);
-            for (i64 j = 0; j < LANES && t + j < length; j++)
-                store(grad_q + (start + t + j) * row + head * width + d, _mm512_castsi512_ps(x[j]));
+            for (i64 j = 0; j < LANES && t + j < own.length; j++)
+                store(grad_q + ((own.start + t + j) * l->heads + head) * l->width + d, _mm512_castsi512_ps(x[j]));
         }
+}
+
+/* Gradients of keys and values by query head: float32 [tokens + borrowed, heads, width].  A segment's own tokens come
+ * first; what it adds to those that it borrowed stands behind, for the sum at the end. */
+typedef struct {
+    float *k, *v;
+} Sums;
+
+/* Keys t … t+keys-1 of all that the segment sees, against every query that sees them. */
+static void backward_keys(const Layout *l, Room r, Segment own, Rows key, Rows value, i64 t, i64 keys, i64 padded,
+                          const float *lse) {
+    i64 width = l->width, across = ROUND_UP(ROUND_UP(own.before + own.length, LANES), KEYS), last = own.length;
+    i64 columns_padded = padded, first = t > own.before ? (t - own.before) / LANES * LANES : 0;
+    if (l->window > 0 && t + keys - 1 + l->window - own.before < last) last = t + keys - 1 + l->window - own.before;
+    memset(r.grad_keys, 0, 4 * KEYS * width);
+    memset(r.grad_values, 0, 4 * KEYS * width);
+    for (i64 c = first; c < last; c += COLUMNS) {
+        i64 columns = ROUND_UP(last - c < COLUMNS ? last - c : COLUMNS, LANES);
+        product(key.data + t * key.step, key.step, r.query_features + c, columns_padded, width / 2, r.scores, COLUMNS, keys,
+                columns, 0);
+        product(value.data + t * value.step, value.step, r.grad_features + c, columns_padded, width / 2, r.grad_weights,
+                COLUMNS, keys, columns, 0);
+        grad_block(l, r, own, t, keys, c, columns, lse);
+        product(r.weights, COLUMNS, r.grad_tokens + c / 2 * width, width, columns / 2, r.grad_values, width, keys, width, 1);
+        product(r.grad_scores, COLUMNS, r.query_tokens + c / 2 * width, width, columns / 2, r.grad_keys, width, keys,
+                width, 1);
+        product(r.keys_across + t, across, r.score_pairs, COLUMNS, (keys + 1) / 2, r.grad_query + c, columns_padded, width,
+                columns, 1);
+    }
+}
+
+static void backward_task(const Layout *l, Room r, Heads q, Heads k, Heads v, const bf16 *out, const float *lse,
+                          Heads grad, bf16 *grad_q, Sums sums, i64 i, i64 borrowed, i64 head) {
+    Segment own = segment_at(l, i);
+    i64 whole = own.before + own.length, padded = ROUND_UP(own.length, LANES), row = l->heads * l->width, width = l->width;
+    i64 group = head / (l->heads / l->groups);
+    const bf16 *query = at(q, own.start, head), *upper = at(grad, own.start, head);
+    Rows key = seen_rows(l, k, i, own, group, r.gathered_keys), value = seen_rows(l, v, i, own, group, r.gathered_values);
+    pairs_of_features(query, q.token, own.length, padded, width, r.query_features);
+    pairs_of_features(upper, grad.token, own.length, padded, width, r.grad_features);
+    pairs_of_tokens(query, q.token, own.length, padded, width, r.query_tokens);
+    pairs_of_tokens(upper, grad.token, own.length, padded, width, r.grad_tokens);
+    lay_keys_across(r, key, whole, ROUND_UP(whole, LANES), width);
+    lay_row_dots(r, upper, grad.token, out + own.start * row + head * width, row, own.length, width);
+    memset(r.grad_query, 0, 4 * width * padded);
+    for (i64 t = 0; t < whole; t += KEYS) {
+        i64 keys = whole - t < KEYS ? whole - t : KEYS;
+        backward_keys(l, r, own, key, value, t, keys, padded, lse + head * l->tokens + own.start);
+        for (i64 j = 0; j < keys; j++) {
+            i64 place = t + j < own.before ? l->tokens + borrowed + t + j : own.start + t + j - own.before;
+            memcpy(sums.k + place * row + head * width, r.grad_keys + j * width, 4 * width);
+            memcpy(sums.v + place * row + head * width, r.grad_values + j * width, 4 * width);
+        }
+    }
+    give_grad_query(l, r, own, padded, head, grad_q);
+}
+
+/* The gradient of one token's keys and values: over the query heads of each group, and over the segments that borrowed
+ * it, which are those right behind its own that begin with it. */
+static void add_up_token(const Layout *l, Sums sums, const i64 *borrowed, i64 i, i64 t, bf16 *grad_k, bf16 *grad_v) {
+    i64 row = l->heads * l->width, shared = l->heads / l->groups;
+    Segment own = segment_at(l, i);
+    for (i64 at_ = 0; at_ < l->groups * l->width; at_ += LANES) {
+        i64 from = at_ / l->width * shared * l->width + at_ % l->width;
+        __m512 sum_k = _mm512_setzero_ps(), sum_v = sum_k;
+        for (i64 d = i, place = t; d < l->count; d++) {
+            if (d > i) {
+                if (segment_at(l, d).before <= own.before) break;
+                place = l->tokens + borrowed[d] + own.before + t - own.start;
+            }
+            for (i64 h = 0; h < shared; h++) {
+                sum_k = _mm512_add_ps(sum_k, _mm512_loadu_ps(sums.k + place * row + from + h * l->width));
+                sum_v = _mm512_add_ps(sum_v, _mm512_loadu_ps(sums.v + place * row + from + h * l->width));
+            }
+        }
+        store(grad_k + t * l->groups * l->width + at_, sum_k);
+        store(grad_v + t * l->groups * l->width + at_, sum_v);
+    }
 }
 
 /* grad_q, grad_k, grad_v are dense, [tokens, heads | groups, width]. */
 int attention_backward(Heads q, Heads k, Heads v, const bf16 *out, const float *lse, Heads grad, bf16 *grad_q,
-                       bf16 *grad_k, bf16 *grad_v, const i64 *bounds, i64 documents, i64 tokens, i64 heads, i64 groups,
-                       i64 width, float scale, i64 window) {
-    i64 padded = longest(bounds, documents), shared = heads / groups;
-    size_t size = backward_bytes(padded, width), each = (size_t)4 * tokens * heads * width;
+                       bf16 *grad_k, bf16 *grad_v, Layout l) {
+    i64 more, padded = longest(&l, &more), size = room_bytes(padded, l.width);
+    size_t each = (size_t)4 * (l.tokens + more) * l.heads * l.width;
     char *scratch = aligned_alloc(64, size * omp_get_max_threads());
-    float *per_head = malloc(2 * each);
-    if (!scratch || !per_head) {
-        free(scratch);
-        free(per_head);
-        return 1;
-    }
-    float *head_k = per_head, *head_v = per_head + tokens * heads * width;
+    float *of_heads = malloc(2 * each);
+    i64 *borrowed = malloc(8 * (l.count + 1));
+    int failed = !scratch || !of_heads || !borrowed;
+    if (!failed) {
+        Sums sums = {of_heads, of_heads + each / 4};
+        borrowed[0] = 0;
+        for (i64 i = 0; i < l.count; i++) borrowed[i + 1] = borrowed[i] + segment_at(&l, i).before;
 #pragma omp parallel for schedule(dynamic)
-    for (i64 task = 0; task < documents * heads; task++) {
-        i64 start = bounds[task / heads], length = bounds[task / heads + 1] - start, head = task % heads;
-        Room room = furnish(scratch + size * omp_get_thread_num(), ROUND_UP(length, LANES), width);
-        backward_task(room, q, k, v, out, lse + head * tokens + start, grad, grad_q, head_k, head_v, start, length, head,
-                      heads, head / shared, width, scale, window);
+        for (i64 task = 0; task < l.count * l.heads; task++)
+            backward_task(&l, room_at(scratch + size * omp_get_thread_num(), padded, l.width), q, k, v, out, lse, grad,
+                          grad_q, sums, task / l.heads, borrowed[task / l.heads], task % l.heads);
+#pragma omp parallel
+        for (i64 i = 0; i < l.count; i++)
+#pragma omp for nowait
+            for (i64 t = l.bounds[i]; t < l.bounds[i + 1]; t++) add_up_token(&l, sums, borrowed, i, t, grad_k, grad_v);
     }
-#pragma omp parallel for
-    for (i64 t = 0; t < tokens; t++)
-        for (i64 g = 0; g < groups; g++)
-            for (i64 d = 0; d < width; d += LANES) {
-                __m512 sum_k = _mm512_setzero_ps(), sum_v = _mm512_setzero_ps();
-                for (i64 h = g * shared; h < (g + 1) * shared; h++) {
-                    sum_k = _mm512_add_ps(sum_k, _mm512_loadu_ps(head_k + (t * heads + h) * width + d));
-                    sum_v = _mm512_add_ps(sum_v, _mm512_loadu_ps(head_v + (t * heads + h) * width + d));
-                }
-                store(grad_k + (t * groups + g) * width + d, sum_k);
-                store(grad_v + (t * groups + g) * width + d, sum_v);
-            }
-    free(scratch);
-    free(per_head);
-    return 0;
+    free(scratch), free(of_heads), free(borrowed);
+    return failed;
 }
 #endif

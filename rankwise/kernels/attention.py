@@ -6,6 +6,7 @@ Shape letters: N tokens of the stream, H query heads, G key-value heads (G divid
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -15,28 +16,46 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankwise.kernels.library import Heads, native, serves
-
-_LANES = 16  # of the longest vectors: torch's CPU kernel turns NaN into 0 where a document is shorter than one
+from rankwise.kernels.library import LANES, Heads, Layout, native, serves
 
 
 @dataclass(frozen=True)
 class Spans:
-    """Where the documents of a stream lie: document i is tokens `bounds[i]` up to `bounds[i + 1]`."""
+    """Where the segments of a stream lie: segment i is tokens `bounds[i]` up to `bounds[i + 1]`.
+
+    It sees itself and, where `after[i]` is not -1, the segment that it continues, and so on: what several documents
+    have in common at their beginning stands in the stream once.  Segments that continue one, or continue one that does,
+    follow it at once.  Without `after` every segment is a document by itself.
+    """
 
     bounds: tuple[int, ...]
+    after: tuple[int, ...] = ()
 
     @property
     def count(self) -> int:
         return len(self.bounds) - 1
 
-    @property
-    def pairs(self) -> list[tuple[int, int]]:
-        return list(pairwise(self.bounds))
+    @cached_property
+    def chains(self) -> list[list[tuple[int, int]]]:
+        """Of each segment, where all that it sees lies, in order, itself last."""
+        own = list(pairwise(self.bounds))
+        found: list[list[tuple[int, int]]] = []
+        for i, span in enumerate(own):
+            before = self.after[i] if self.after else -1
+            found.append([*(found[before] if before >= 0 else []), span])
+        return found
 
     @cached_property
     def c_bounds(self) -> Any:
-        return (ctypes.c_int64 * len(self.bounds))(*self.bounds)
+        return _integers(self.bounds)
+
+    @cached_property
+    def c_after(self) -> Any:
+        return _integers(self.after or [-1] * self.count)
+
+
+def _integers(values: Sequence[int]) -> Any:
+    return (ctypes.c_int64 * len(values))(*values)
 
 
 def attend(
@@ -46,7 +65,7 @@ def attend(
 
     Args:
         q: `[N, H, D]`; k, v: `[N, G, D]`.  Head h uses key-value head `h // (H / G)`.
-        spans: the documents of the stream; together they cover all N tokens.
+        spans: the segments of the stream; together they cover all N tokens.
         scale: factor of the scores.
         window: how many tokens a token sees, itself included; 0 for all before it.
         softcap: scores x become softcap · tanh(x / softcap), as in Gemma 2; 0 for none.
@@ -56,7 +75,7 @@ def attend(
     """
     if serves(q, k, v) and not softcap and _alike(q, k, v):
         return _NativeAttention.apply(q, k, v, spans, scale, window)
-    return torch.cat([_attend_alone(q[a:b], k[a:b], v[a:b], scale, window, softcap) for a, b in spans.pairs])
+    return torch.cat([_attend_alone(q, k, v, chain, scale, window, softcap) for chain in spans.chains])
 
 
 def _alike(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -69,15 +88,20 @@ def _alike(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return shared and same and all(x.stride(2) == 1 for x in (q, k, v))
 
 
-def _attend_alone(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softcap: float) -> Tensor:
-    length = len(q)
-    queries, keys, values = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    blind = q.device.type == "cpu" and length < _LANES
+def _attend_alone(
+    q: Tensor, k: Tensor, v: Tensor, chain: Sequence[tuple[int, int]], scale: float, window: int, softcap: float
+) -> Tensor:
+    """One segment, the last of the chain, to all of it."""
+    start, stop = chain[-1]
+    own, seen = stop - start, sum(b - a for a, b in chain)
+    queries = q[start:stop].transpose(0, 1).unsqueeze(0)
+    keys, values = (_joined(x, chain).transpose(0, 1).unsqueeze(0) for x in (k, v))
+    blind = q.device.type == "cpu" and seen < LANES  # torch's CPU kernel turns NaN into 0 in less than a vector
     mask = None
-    if softcap or blind or 0 < window < length:
-        mask = (
-            torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - window if window else -length)
-        )
+    if softcap or blind or seen > own or 0 < window < seen:
+        before = seen - own
+        mask = torch.ones(own, seen, dtype=torch.bool, device=q.device).tril(before)
+        mask = mask.triu(before + 1 - window) if window else mask
     if mask is not None and (softcap or blind):
         shared, wide = q.shape[1] // k.shape[1], torch.promote_types(q.dtype, torch.float32)
         scores = (queries @ keys.repeat_interleave(shared, 1).transpose(2, 3)).to(wide) * scale
@@ -96,6 +120,11 @@ def _attend_alone(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, so
     return out[0].transpose(0, 1)
 
 
+def _joined(x: Tensor, chain: Sequence[tuple[int, int]]) -> Tensor:
+    pieces = [x[start:stop] for start, stop in chain]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
 class _NativeAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float, window: int) -> Tensor:
@@ -105,7 +134,7 @@ class _NativeAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, out, log_sums)
         ctx.spans, ctx.scale, ctx.window = spans, scale, window
         failed = native().attention_forward(  # type: ignore[union-attr]
-            Heads.of(q), Heads.of(k), Heads.of(v), out.data_ptr(), log_sums.data_ptr(), *_shape(ctx, q, k)
+            Heads.of(q), Heads.of(k), Heads.of(v), out.data_ptr(), log_sums.data_ptr(), _layout(ctx, q, k)
         )
         _check(failed, q)
         return out
@@ -121,15 +150,16 @@ class _NativeAttention(torch.autograd.Function):
             log_sums.data_ptr(),
             Heads.of(grad),
             *(x.data_ptr() for x in (grad_q, grad_k, grad_v)),
-            *_shape(ctx, q, k),
+            _layout(ctx, q, k),
         )
         _check(failed, q)
         return grad_q, grad_k, grad_v, None, None, None
 
 
-def _shape(ctx: Any, q: Tensor, k: Tensor) -> tuple[Any, ...]:
+def _layout(ctx: Any, q: Tensor, k: Tensor) -> Layout:
     spans = ctx.spans
-    return (spans.c_bounds, spans.count, len(q), q.shape[1], k.shape[1], q.shape[2], ctx.scale, ctx.window)
+    sizes = (spans.count, len(q), q.shape[1], k.shape[1], q.shape[2])
+    return Layout(spans.c_bounds, spans.c_after, *sizes, ctx.scale, ctx.window)
 
 
 def _check(failed: int, q: Tensor) -> None:

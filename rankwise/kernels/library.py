@@ -16,6 +16,8 @@ import torch
 
 Pointer, Int, Float = c_void_p, c_int64, c_float
 
+LANES = 16  # floats in the longest vectors
+
 
 class Heads(ctypes.Structure):
     """A tensor `[tokens, heads, width]` as the C side sees it: address and two strides, in elements."""
@@ -27,10 +29,53 @@ class Heads(ctypes.Structure):
         return cls(x.data_ptr(), x.stride(0), x.stride(1))
 
 
-_SHAPE = [POINTER(c_int64), *[Int] * 5, Float, Int]  # bounds, documents, tokens, heads, groups, width, scale, window
+class TensorRows(ctypes.Structure):
+    """A matrix whose rows may lie apart: address, and elements between rows."""
+
+    _fields_ = [("data", c_void_p), ("step", c_int64)]
+
+    @classmethod
+    def of(cls, x: torch.Tensor) -> TensorRows:
+        return cls(x.data_ptr(), x.stride(0))
+
+
+class Matrix(ctypes.Structure):
+    """A weight `[O, I]`: its address and size as it is stored, and whether that is the transpose."""
+
+    _fields_ = [("data", c_void_p), ("rows", c_int64), ("columns", c_int64), ("across", c_int64)]
+
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> Matrix:
+        stored = weight if weight.is_contiguous() else weight.t()
+        return cls(weight.data_ptr(), *stored.shape, stored is not weight)
+
+
+class LowRankPart(ctypes.Structure):
+    """lowrank.c, Part."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("start", "stop", "rank")),
+        *((name, c_void_p) for name in ("A", "B", "gain", "keep", "shrink", "grad_A", "grad_B", "grad_gain")),
+        ("scale", c_float),
+        ("rest", c_float),
+    ]
+
+
+class Layout(ctypes.Structure):
+    """attention.c, Layout."""
+
+    _fields_ = [
+        ("bounds", POINTER(c_int64)),
+        ("after", POINTER(c_int64)),
+        *((name, c_int64) for name in ("count", "tokens", "heads", "groups", "width")),
+        ("scale", c_float),
+        ("window", c_int64),
+    ]
+
+
 _FUNCTIONS = {
-    "attention_forward": (c_int, [Heads, Heads, Heads, Pointer, Pointer, *_SHAPE]),
-    "attention_backward": (c_int, [Heads, Heads, Heads, Pointer, Pointer, Heads, *[Pointer] * 3, *_SHAPE]),
+    "attention_forward": (c_int, [Heads, Heads, Heads, Pointer, Pointer, Layout]),
+    "attention_backward": (c_int, [Heads, Heads, Heads, Pointer, Pointer, Heads, *[Pointer] * 3, Layout]),
     "norm_forward": (None, [*[Pointer] * 4, Int, Int, Float, Float]),
     "norm_backward": (None, [*[Pointer] * 5, Int, Int, Float]),
     "gain_forward": (None, [*[Pointer] * 3, Int, Int]),
@@ -39,6 +84,11 @@ _FUNCTIONS = {
     "gate_backward": (None, [*[Pointer] * 5, Int, Int]),
     "rotary": (None, [*[Pointer] * 4, POINTER(c_int64), POINTER(c_int64), *[Int] * 6]),
     "cross_entropy": (None, [*[Pointer] * 4, Int, Int, Int]),
+    "lowrank_forward": (c_int, [TensorRows, Matrix, Pointer, POINTER(LowRankPart), Int, Pointer, Int, Int, Int]),
+    "lowrank_backward": (
+        c_int,
+        [TensorRows, TensorRows, Pointer, Matrix, Pointer, POINTER(LowRankPart), Int, Pointer, Int, Int, Int],
+    ),
     "rankwise_supported": (c_int, []),
 }
 

@@ -16,6 +16,7 @@ from rankwise.planning.heap import Tape
 
 Form = Literal["lora", "dora", "adalora", "full"]
 
+LANES = 16  # the compiled product keeps a shrink in whole vectors
 _RANDOM_STATE = 5056  # bytes of torch.get_rng_state(), which a checkpointed block keeps beside its input
 
 
@@ -223,9 +224,10 @@ class Pass:
         if not rank:
             return y, []
         kept = [tape.new(manner.tokens * linear.inputs)] if manner.dropout else []
-        if manner.width < 4:
+        if manner.width < 4 and not manner.compiled:
             kept += [tape.new(rank * side * manner.width) for side in (linear.inputs, linear.outputs)]
-        kept += [tape.new(self.unit * rank) for _ in range(2 if manner.form == "adalora" else 1)]
+        wide = -(-rank // LANES) * LANES if manner.compiled else rank
+        kept += [tape.new(self.unit * wide) for _ in range(2 if manner.form == "adalora" else 1)]
         if manner.form == "dora":  # the gradient of the magnitude needs the output before it was scaled
             kept.append(y)
             y = tape.new(self.unit * linear.outputs)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from rankwise.adapters.lowrank import SiteShape
-from rankwise.adapters.product import Part, low_rank_product
+from rankwise.adapters.product import low_rank_product
+from rankwise.kernels.lowrank import Part
 
 Layer = Any  # a module with a weight: torch types every attribute of a module as Tensor | Module
 
@@ -57,8 +58,8 @@ class Kind:
         """The leading dimensions made one, `[N, ...]`."""
         return x.reshape(-1, *x.shape[x.dim() - self.width_dims :])
 
-    def adapted(self, module: Layer, x: Tensor, parts: Sequence[Part]) -> Tensor:
-        """base(x) with each part's rows passed through its adapter too."""
+    def adapted(self, module: Layer, x: Tensor, parts: Sequence[Part], *, compiled: bool = False) -> Tensor:
+        """base(x) with each part's rows passed through its adapter too; `compiled` as in `low_rank_product`."""
         y = module(x)
         pieces, done, rows = [], 0, self.flat(x)
         flat_y = y.reshape(len(rows), *y.shape[x.dim() - self.width_dims :])
@@ -88,7 +89,7 @@ class LinearKind(Kind):
     def expand(self, module: Layer, shrunk: Tensor, B: Tensor) -> Tensor:
         return F.linear(shrunk, B)
 
-    def adapted(self, module: Layer, x: Tensor, parts: Sequence[Part]) -> Tensor:
+    def adapted(self, module: Layer, x: Tensor, parts: Sequence[Part], *, compiled: bool = False) -> Tensor:
         if _is_hooked(module):
             return super().adapted(module, x, parts)
         weight, bias = self.oriented(module.weight), module.bias
@@ -96,7 +97,7 @@ class LinearKind(Kind):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
-            return low_rank_product(x, weight, bias, parts)
+            return low_rank_product(x, weight, bias, parts, compiled=compiled)
 
 
 class Conv1DKind(LinearKind):

@@ -17,8 +17,8 @@ from transformers import PreTrainedConfig
 
 from rankwise.adapters.dropout import keep_mask, mixed
 from rankwise.adapters.lowrank import LowRank
-from rankwise.adapters.product import Part
 from rankwise.errors import RouteError
+from rankwise.kernels.lowrank import Part
 from rankwise.surgery.routing import Route, Router
 from rankwise.surgery.sites import Site
 
@@ -83,15 +83,19 @@ class AdaptedLayer(Stand):
         self._known_norms.pop(name, None)
 
     def forward(self, x: Tensor) -> Tensor:
-        route = self.router.route
-        if self.router.merged is not None or all(self.of(name) is None for name in route.names):
+        parts = self._parts(x)
+        if not parts and not self.router.compiled:
             return self.base(x)
-        parts = [
+        return self.kind.adapted(self.base, x, parts, compiled=self.router.compiled)
+
+    def _parts(self, x: Tensor) -> list[Part]:
+        if self.router.merged is not None or all(self.of(name) is None for name in self.router.route.names):
+            return []
+        return [
             self.part(name, start, stop, self._mask(name, stop - start, x))
             for name, start, stop in self.router.spans(x.shape, self.kind.width_dims, self.path)
             if name is not None and self.of(name) is not None
         ]
-        return self.kind.adapted(self.base, x, parts)
 
     def _norms(self, name: str, factors: LowRank) -> Tensor:
         """Of form `dora`; computed again when a factor has changed, not for each micro-batch of a step.

@@ -92,11 +92,15 @@ class Router:
     The recomputation of a checkpointed block does not call the model, so it meets the tick of its own pass as long as
     the backward pass comes before the next forward pass.  Two forward passes and then two backward passes under one
     route, with checkpointing and dropout, need a given tick.
+
+    `compiled` is set while the engine holds the model: linear layers then take the compiled product where there is one,
+    with or without an adapter, whose last bits are not those of torch's.
     """
 
     def __init__(self) -> None:
         self.route = Route.whole(None)
         self.merged: str | None = None
+        self.compiled = False
         self.tick = 0
         self._given = False
         self._shapes: dict[str, list[torch.Size]] = {}  # of the tensors each watched module was last called with

@@ -33,7 +33,7 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
     paths: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         paths.setdefault(id(module), []).append(path)
-    head = _output_layer(model)
+    head = head_of(model)
     found: dict[str, Site] = {}
     for path, module in model.named_modules():
         kind = kind_of(module)
@@ -44,7 +44,8 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
     return found
 
 
-def _output_layer(model: nn.Module) -> nn.Module | None:
+def head_of(model: nn.Module) -> nn.Module | None:
+    """The layer that makes logits of hidden states, where a model says which."""
     find = getattr(model, "get_output_embeddings", None)
     return find() if find is not None else None
 

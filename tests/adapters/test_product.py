@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rankwise.adapters.dropout import keep_mask
-from rankwise.adapters.product import Part, low_rank_product
+from rankwise.adapters.product import low_rank_product
+from rankwise.kernels.lowrank import Part
 
 
 def plain(x: Tensor, weight: Tensor, bias: Tensor | None, parts: list[Part]) -> Tensor:

@@ -6,7 +6,6 @@ import torch
 import transformers as hf
 from torch import nn
 
-from rankwise.data.stream import lay
 from rankwise.engine import attention
 from rankwise.engine.attention import UnpackableError, packed
 from rankwise.engine.forward import Forward
@@ -45,7 +44,7 @@ def test_documents_longer_than_the_window_come_out_as_they_do_alone(name):
         trained(bank, "a", spec(("q_proj", "o_proj")), size=0.1)
         want, _ = alone(bank, corpus, ["a"] * 3, weights)
         with Forward(bank) as forward:
-            got = forward.learn(lay(corpus, range(3)), [("a", 3)], weights, tick=1)
+            got = forward.learn(corpus, range(3), [("a", 3)], weights, tick=1)
             assert forward.layout == WINDOWED[name][2], forward.reason
     np.testing.assert_allclose(got.documents, want, rtol=1e-5)
 

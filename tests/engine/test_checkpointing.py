@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from rankwise.data.stream import lay
 from rankwise.engine.forward import Forward
 from rankwise.engine.loop import train
 from rankwise.engine.run import Loop, Run
@@ -53,7 +52,7 @@ def kept_bytes(checkpointing: bool, dropout: float) -> int:
 
         corpus = random_corpus([100] * 4)
         with Forward(bank, checkpointing=checkpointing) as forward, saved_tensors_hooks(keep, lambda tensor: tensor):
-            forward.learn(lay(corpus, range(4)), [("a", 4)], np.ones(4), tick=1)
+            forward.learn(corpus, range(4), [("a", 4)], np.ones(4), tick=1)
     return sum(kept.values())
 
 
@@ -71,7 +70,7 @@ def test_an_adapted_head_does_not_move_the_dropout_of_the_blocks(targets):
         with Bank(tiny("llama")) as bank:
             trained(bank, "a", spec(targets, dropout=0.5))
             with Forward(bank, checkpointing=checkpointing) as forward:
-                forward.learn(lay(corpus, range(3)), [("a", 3)], np.ones(3), tick=7)
+                forward.learn(corpus, range(3), [("a", 3)], np.ones(3), tick=7)
             found.append({path: p.grad.clone() for path, p in bank.named_parameters("a")})
     plain, saving = found
     assert [path for path in plain if not torch.equal(saving[path], plain[path])] == []
@@ -85,7 +84,7 @@ def test_a_head_draws_the_dropout_of_its_pass():
         head.register_forward_pre_hook(lambda *_: seen.append(bank.router.tick))
         with Forward(bank) as forward:
             seen.clear()
-            forward.learn(lay(random_corpus([9, 14]), range(2)), [("a", 2)], np.ones(2), tick=7)
+            forward.learn(random_corpus([9, 14]), range(2), [("a", 2)], np.ones(2), tick=7)
     assert set(seen) == {7}
 
 

@@ -5,12 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rankwise.data.stream import lay
 from rankwise.engine import attention
 from rankwise.engine.forward import Forward
 from rankwise.errors import ModelError
 from rankwise.surgery.bank import Bank
-from tests.corpora import random_corpus
+from tests.corpora import alike_corpus, random_corpus
 from tests.grid import relative, spec, state_of, trained
 from tests.models import ARCHITECTURES, CAUSAL, tiny
 
@@ -57,14 +56,37 @@ def test_packed_equals_alone(name, checkpointing):
         want, want_gradients = alone(bank, corpus, NAMES, weights)
         with Forward(bank, checkpointing=checkpointing) as forward:
             assert forward.layout == "packed", forward.reason
-            got = forward.learn(lay(corpus, range(4)), runs_of(NAMES), weights, tick=1)
+            got = forward.learn(corpus, range(4), runs_of(NAMES), weights, tick=1)
             got_gradients = gradients(bank)
-            measured = forward.measure(lay(corpus, range(4)), runs_of(NAMES))
+            measured = forward.measure(corpus, range(4), runs_of(NAMES))
         assert state_of(model) == before
     np.testing.assert_allclose(got.documents, want, rtol=1e-5)
     np.testing.assert_allclose(measured.documents, want, rtol=1e-5)
     for path, gradient in want_gradients.items():
         assert gradient.norm() > 0, path
+        assert relative(got_gradients[path], gradient) < 1e-4, path
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_documents_that_begin_alike_equal_each_alone(name):
+    """What they share is computed once; each adapter has its own."""
+    names = ["one", "one", "one", "other", "other", None, None]
+    lengths = [40, 41, 60, 45, 50, 30, 30]
+    corpus = alike_corpus(lengths, [(0, 1, 39), (0, 2, 20), (0, 3, 39), (3, 4, 44), (0, 5, 20), (5, 6, 29)])
+    model, weights = tiny(name), np.linspace(0.3, 1.0, 7)
+    with Bank(model) as bank:
+        trained(bank, "one", spec(ARCHITECTURES[name].targets), seed=1)
+        trained(bank, "other", spec("all-linear", rank=2), seed=2)
+        want, want_gradients = alone(bank, corpus, names, weights)
+        with Forward(bank) as forward:
+            assert forward.layout == "packed", forward.reason
+            runs = [("one", 3), ("other", 2), (None, 2)]
+            got = forward.learn(corpus, range(7), runs, weights, tick=1)
+            got_gradients = gradients(bank)
+            measured = forward.measure(corpus, range(7), runs)
+    np.testing.assert_allclose(got.documents, want, rtol=1e-5)
+    np.testing.assert_allclose(measured.documents, want, rtol=1e-5)
+    for path, gradient in want_gradients.items():
         assert relative(got_gradients[path], gradient) < 1e-4, path
 
 
@@ -79,7 +101,7 @@ def test_a_model_that_cannot_pack_goes_row_by_row(monkeypatch):
         with Forward(bank) as forward:
             assert forward.layout == "rows"
             assert "attention interface" in forward.reason
-            got = forward.learn(lay(corpus, range(4)), runs_of(NAMES), weights, tick=1)
+            got = forward.learn(corpus, range(4), runs_of(NAMES), weights, tick=1)
     np.testing.assert_allclose(got.documents, want, rtol=1e-5)
     for path, gradient in gradients(bank).items():
         assert relative(gradient, want_gradients[path]) < 1e-4, path
@@ -109,7 +131,7 @@ def test_bfloat16_on_compiled_kernels_stays_near_the_truth(name):
         with Bank(which) as bank:
             trained(bank, "a", spec("all-linear"), size=0.1)
             with Forward(bank) as forward:
-                losses = forward.learn(lay(corpus, range(3)), [("a", 3)], weights, tick=1)
+                losses = forward.learn(corpus, range(3), [("a", 3)], weights, tick=1)
                 found[which.dtype] = losses.documents, gradients(bank), forward.fused
     low, high = found[torch.bfloat16], found[torch.float32]
     np.testing.assert_allclose(low[0], high[0], rtol=0.02)
@@ -155,8 +177,8 @@ def test_no_logits_of_a_whole_batch_ever_exist():
         with Bank(model) as bank:
             bank.add("a", spec())
             with Forward(bank) as forward, Watch():
-                forward.learn(lay(corpus, range(4)), [("a", 4)], np.ones(4), tick=0)
-                forward.measure(lay(corpus, range(4)), [("a", 4)])
+                forward.learn(corpus, range(4), [("a", 4)], np.ones(4), tick=0)
+                forward.measure(corpus, range(4), [("a", 4)])
     finally:
         head.CHUNK_BYTES["cpu"] = kept
     assert 0 < largest <= 64
@@ -177,7 +199,7 @@ def test_a_model_that_breaks_on_a_packed_stream_goes_row_by_row(monkeypatch, kin
                 "rows",
                 f"a packed stream ends in a {kind.__name__}: one row is not enough",
             )
-            got = forward.learn(lay(corpus, range(4)), [("one", 4)], np.ones(4), tick=1)
+            got = forward.learn(corpus, range(4), [("one", 4)], np.ones(4), tick=1)
     np.testing.assert_allclose(got.documents, want, rtol=1e-5)
 
 
@@ -190,7 +212,7 @@ def test_a_model_that_is_its_own_base_is_asked_for_its_logits(monkeypatch):
         trained(bank, "one", spec("all-linear"), seed=1)
         want, _ = alone(bank, corpus, ["one"] * 4, np.ones(4))
         with Forward(bank) as forward:
-            got = forward.learn(lay(corpus, range(4)), [("one", 4)], np.ones(4), tick=1)
+            got = forward.learn(corpus, range(4), [("one", 4)], np.ones(4), tick=1)
             assert forward.layout == "packed", forward.reason
     np.testing.assert_allclose(got.documents, want, rtol=1e-5)
 

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 
 from rankwise.data.order import Order
-from rankwise.data.stream import lay
 from rankwise.engine.evaluate import evaluate
 from rankwise.engine.folder import held_folder
 from rankwise.engine.forward import Forward
@@ -48,7 +47,7 @@ def test_gradients_in_a_mixed_stream_equal_those_of_documents_alone(name, module
         before = state_of(model)
         want, want_gradients = alone(bank, corpus, names, weights)
         with Forward(bank, checkpointing=checkpointing) as forward:
-            got = forward.learn(lay(corpus, range(4)), runs_of(names), weights, tick=1)
+            got = forward.learn(corpus, range(4), runs_of(names), weights, tick=1)
             found = gradients(bank)
         assert state_of(model) == before
     np.testing.assert_allclose(got.documents, want, rtol=1e-5)
@@ -75,7 +74,7 @@ def test_attention_that_is_trained_whole_sees_no_neighbours_either(name, modules
         want, want_gradients = alone(bank, corpus, ["one"] * 4, weights)
         with Forward(bank) as forward:
             assert forward.layout == "packed"
-            got = forward.learn(lay(corpus, range(4)), [("one", 4)], weights, tick=1)
+            got = forward.learn(corpus, range(4), [("one", 4)], weights, tick=1)
             found = gradients(bank)
     np.testing.assert_allclose(got.documents, want, rtol=1e-5)
     for path, gradient in want_gradients.items():
@@ -87,7 +86,7 @@ def test_a_module_that_cannot_be_shared_out_among_the_parts_of_a_stream_is_refus
     with Bank(tiny(name)) as bank:
         bank.add("one", spec(targets, modules_to_save=modules))
         with Forward(bank) as forward, pytest.raises(RouteError, match="one adapter at a time") as caught:
-            forward.measure(lay(random_corpus(LENGTHS), range(4)), [("one", 2), (None, 2)])
+            forward.measure(random_corpus(LENGTHS), range(4), [("one", 2), (None, 2)])
     assert modules[0].rsplit(".", 1)[-1] in str(caught.value).split(":")[0]
 
 

@@ -9,7 +9,6 @@ import torch
 import transformers as hf
 from torch import nn
 
-from rankwise.data.stream import lay
 from rankwise.engine import blocks
 from rankwise.engine.blocks import fused_blocks
 from rankwise.engine.forward import Forward
@@ -147,6 +146,6 @@ def test_training_goes_through_the_kernel(monkeypatch, checkpointing):
         trained(bank, "a", spec("all-linear"))
         with Forward(bank, checkpointing=checkpointing) as forward:
             seen.clear()
-            forward.learn(lay(random_corpus([40, 25]), range(2)), [("a", 2)], np.ones(2), tick=1)
+            forward.learn(random_corpus([40, 25]), range(2), [("a", 2)], np.ones(2), tick=1)
     layers = 2
     assert len(seen) == 2 * layers * (1 + checkpointing)

@@ -1,37 +1,49 @@
 """Each document of a stream attends to itself alone; every path agrees with float64 attention written out."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
 
 from rankwise.kernels.attention import Spans, _alike, attend
 
-SHAPES = [  # heads, groups, width, lengths
-    (9, 3, 64, (376, 20)),
-    (4, 4, 32, (5, 77, 1)),
-    (4, 2, 128, (130, 64)),
-    (2, 1, 80, (97, 96, 95)),
-    (3, 1, 16, (200,)),
-    (2, 2, 256, (40, 17)),
+SHAPES = [  # heads, groups, width, lengths, and what each segment continues
+    (9, 3, 64, (376, 20), ()),
+    (4, 4, 32, (5, 77, 1), ()),
+    (4, 2, 128, (130, 64), ()),
+    (2, 1, 80, (97, 96, 95), ()),
+    (3, 1, 16, (200,), ()),
+    (2, 2, 256, (40, 17), ()),
+    (4, 2, 32, (24, 100, 1, 77), (-1, 0, 0, 0)),
+    (6, 2, 64, (9, 30, 3, 21, 5, 17, 60, 8, 40), (-1, -1, 1, 2, 2, 4, 1, -1, 7)),
+    (2, 1, 16, (150, 49, 1), (-1, 0, 1)),
 ]
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor, spans: list[tuple[int, int]], scale: float, window: int) -> Tensor:
+def reference(q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float, window: int) -> Tensor:
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     rows = []
-    for a, b in spans:
-        scores = torch.einsum("qhd,khd->hqk", q[a:b], k[a:b]) * scale
-        distance = torch.arange(b - a)[:, None] - torch.arange(b - a)
+    for i, (start, stop) in enumerate(pairwise(spans.bounds)):
+        seen, before = torch.arange(start, stop), spans.after[i] if spans.after else -1
+        while before >= 0:
+            seen = torch.cat([torch.arange(spans.bounds[before], spans.bounds[before + 1]), seen])
+            before = spans.after[before]
+        own = torch.arange(len(seen))[-(stop - start) :]
+        scores = torch.einsum("qhd,khd->hqk", q[start:stop], k[seen]) * scale
+        distance = own[:, None] - torch.arange(len(seen))
         hidden = (distance < 0) | ((distance >= window) if window else False)
-        rows.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v[a:b]))
+        rows.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v[seen]))
     return torch.cat(rows)
 
 
-def case(heads: int, groups: int, width: int, lengths: tuple[int, ...]) -> tuple[list[Tensor], Spans]:
+def case(
+    heads: int, groups: int, width: int, lengths: tuple[int, ...], after: tuple[int, ...] = ()
+) -> tuple[list[Tensor], Spans]:
     torch.manual_seed(0)
     n = sum(lengths)
     bounds = (0, *torch.tensor(lengths).cumsum(0).tolist())
-    return [torch.randn(n, h, width, dtype=torch.float64) for h in (heads, groups, groups, heads)], Spans(bounds)
+    return [torch.randn(n, h, width, dtype=torch.float64) for h in (heads, groups, groups, heads)], Spans(bounds, after)
 
 
 @pytest.mark.parametrize("window", [0, 50])
@@ -45,7 +57,7 @@ def test_equals_float64(shape, dtype, tolerance, window):
     scale = shape[2] ** -0.5
     out = attend(*inputs, spans, scale, window)
     out.backward(low[3])
-    expected = reference(*exact, spans.pairs, scale, window)
+    expected = reference(*exact, spans, scale, window)
     expected.backward(low[3].double())
     for got, want in [(out, expected), *((x.grad, y.grad) for x, y in zip(inputs, exact, strict=True))]:
         assert got.shape == want.shape
@@ -92,7 +104,7 @@ def test_values_of_another_width_than_keys_go_the_plain_way(width, values):
     q, k = (x.bfloat16().requires_grad_() for x in tensors[:2])
     v = torch.randn(59, 2, values).bfloat16().requires_grad_()
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    out, want = attend(q, k, v, spans, 0.2), reference(*exact, spans.pairs, 0.2, 0)
+    out, want = attend(q, k, v, spans, 0.2), reference(*exact, spans, 0.2, 0)
     assert out.shape == want.shape
     out.sum().backward()
     want.sum().backward()

@@ -4,6 +4,8 @@ What decides between the paths is in `attend`: the compiled one takes bfloat16 w
 that are multiples of 16, and no cap.  So the very same numbers go the plain way once their last dimension has gaps.
 """
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ def written_out(
     """The definition, token by token: what it may see, its scores, the cap, the weighted sum."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     rows = []
-    for start, stop in spans.pairs:
+    for start, stop in pairwise(spans.bounds):
         for t in range(start, stop):
             first = max(start, t + 1 - window) if window else start
             scores = torch.einsum("hd,khd->hk", q[t], k[first : t + 1]) * scale
@@ -151,7 +153,7 @@ def test_what_is_not_a_number_comes_through_and_stays_in_its_document(bad, which
     """Short documents too: torch's own kernel gives 0 where all scores of a token are NaN and fewer than 16."""
     low, spans = case(4, 2, 32, lengths, dtype)
     clean = attend(*low[:3], spans, 0.2, **form)
-    start, stop = spans.pairs[1]
+    start, stop = spans.bounds[1:3]
     for x in low[:2]:
         x[start, :, 0] = 1.0  # so that an infinite score is a positive one
     low[which][start, :, 0] = bad

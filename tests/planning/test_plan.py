@@ -10,7 +10,6 @@ import transformers as hf
 import rankwise
 from rankwise.adapters.spec import LoraSpec
 from rankwise.data.corpus import Corpus
-from rankwise.data.stream import lay
 from rankwise.engine.forward import Forward
 from rankwise.errors import ModelError, SpecError, TargetError
 from rankwise.kernels.library import native
@@ -110,7 +109,7 @@ def kept_by_autograd(config: hf.PreTrainedConfig, dtype: torch.dtype, **spec: ob
     bounds = np.cumsum([0, *LENGTHS])
     mask[bounds[:-1]] = False
     lines = np.stack([np.zeros(len(LENGTHS)), 1 + np.arange(len(LENGTHS))], axis=1).astype(np.int64)
-    stream = lay(Corpus(tokens, mask, bounds, lines, ("x",)), range(len(LENGTHS)))
+    corpus, documents = Corpus(tokens, mask, bounds, lines, ("x",)), range(len(LENGTHS))
     found: dict[int, int] = {}
     with Bank(model) as bank:
         bank.add("a", LoraSpec(**spec))
@@ -126,7 +125,7 @@ def kept_by_autograd(config: hf.PreTrainedConfig, dtype: torch.dtype, **spec: ob
 
         with Forward(bank) as forward, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             assert forward.layout == "packed"
-            forward.learn(stream, [("a", len(LENGTHS))], np.ones(len(LENGTHS)), 0)
+            forward.learn(corpus, documents, [("a", len(LENGTHS))], np.ones(len(LENGTHS)), 0)
     return sum(found.values())
 
 

@@ -1,0 +1,462 @@
+/* The product of an adapted linear layer, forward and backward, with all that the adapters add fused into it.
+ *
+ *   y = gain ∘ (x·Wᵀ + drop(x)·Aᵀ·(s·B)ᵀ) + bias         W [outputs, inputs], A [rank, inputs], B [outputs, rank]
+ *
+ * bfloat16 in and out, float32 sums, factors as float32 masters.  W is laid out anew for every call, in panels of 64
+ * columns and in pairs along the sum, as `vdpbf16ps` wants it; beside hundreds of rows that costs about a hundredth of
+ * the product.  A tile of the result is begun with the low-rank part and goes on with the large one, so an adapter adds
+ * no pass over y and none over dx.  Each thread takes a range of rows, in blocks that fit its cache: whatever a block is
+ * needed for (shrink, large product, gradients of A and B) is done while it is there.
+ *
+ * Both functions return 0, or 1 where memory was not to be had.  Sums over rows depend on the number of threads alone.
+ */
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <omp.h>
+
+#include "product.h"
+
+enum { PANEL = 4 * LANES, TILE_ROWS = 6, BLOCK = 96, LAID_OUT = 8 << 20 /* bytes of W at a time */ };
+
+/* Rows start … stop-1 go through one adapter, or, with rank 0, through the base alone.  lowrank.py has the same. */
+typedef struct {
+    i64 start, stop, rank;
+    const float *A, *B, *gain; /* [rank, inputs], [outputs, rank], [outputs] or NULL */
+    const uint8_t *keep;       /* dropout: [stop - start, inputs] of 0 and 1, or NULL */
+    bf16 *shrink;              /* [stop - start, width(rank)]: drop(x)·Aᵀ, written forward, read backward */
+    float *grad_A, *grad_B, *grad_gain;
+    float scale, rest; /* s, and what dropout multiplies by what it keeps */
+} Part;
+
+/* W, or, `across`, its transpose, as it lies in memory: [rows, columns]. */
+typedef struct {
+    const bf16 *data;
+    i64 rows, columns, across;
+} Weight;
+
+typedef struct {
+    const bf16 *data;
+    i64 step; /* elements between rows */
+} Rows;
+
+/* One call, as its threads share it.  Forward, out = y; backward, `grad` is y's gradient and out = dx, or NULL. */
+typedef struct {
+    Weight weight;
+    const Part *parts;
+    i64 count, rows, inputs, outputs;
+    Rows x, grad;
+    const bf16 *y;     /* backward, under gains */
+    const float *bias; /* [outputs] or NULL */
+    bf16 *out;
+    i64 most, at_once;                     /* the largest width of a part; panels laid out at a time */
+    uint32_t *thin, *panels, *low_panels;  /* right sides of the shrinks, of the large product, of what is added to it */
+    bf16 *slopes;                          /* [rows, most]: gradient of the shrinks */
+    float *sums_A, *sums_B, *sums_gain;    /* [threads, count, most, inputs], […, outputs], [threads, count, outputs] */
+} Pass;
+
+/* What a thread works in. */
+typedef struct {
+    float *sums;     /* [BLOCK, most] */
+    uint32_t *words; /* [BLOCK / 2, most] */
+    bf16 *factor;    /* [PANEL, most], a slice of a factor */
+    bf16 *dropped;   /* [BLOCK, inputs], x after dropout */
+    bf16 *gained;    /* [BLOCK, outputs], a gradient under a gain */
+} Bench;
+
+static i64 lesser(i64 a, i64 b) { return a < b ? a : b; }
+static i64 greater(i64 a, i64 b) { return a > b ? a : b; }
+static i64 width(i64 rank) { return ROUND_UP(rank, LANES); }
+static i64 spread(i64 columns) { return ROUND_UP(columns, 2 * LANES); }
+static i64 sum_of(const Pass *p) { return p->grad.data ? p->outputs : p->inputs; }
+static i64 columns_of(const Pass *p) { return p->grad.data ? p->inputs : p->outputs; }
+
+/* The rows that are thread t's own: every thread's tiles but the last one's are whole. */
+static i64 share(i64 rows, i64 t, i64 threads) {
+    return t == threads ? rows : rows * t / threads / TILE_ROWS * TILE_ROWS;
+}
+
+/* Whether any of a part's rows are thread t's own. */
+static int meets(const Pass *p, i64 part, i64 t, i64 threads) {
+    return share(p->rows, t, threads) < p->parts[part].stop && share(p->rows, t + 1, threads) > p->parts[part].start;
+}
+
+/* ── tiles ────────────────────────────────────────────────────────────────────────────────────────────────────── */
+
+typedef struct {
+    Rows x, low;                        /* left sides */
+    const uint32_t *panel, *low_panel;  /* right sides, PANEL words a pair */
+    const uint8_t *keep;                /* which of the low-rank part's elements count, or NULL for all */
+    const float *gain, *bias;           /* by column, or NULL */
+    bf16 *out;
+    i64 pairs, low_pairs, keep_step, out_step, columns;
+} Tile;
+
+#define TILE_SUM(R, left, right, pairs)                                                                                \
+    for (i64 k = 0; k < (pairs); k++) {                                                                                \
+        __m512bh b[4];                                                                                                 \
+        UNROLL for (int j = 0; j < 4; j++) b[j] = (__m512bh)_mm512_loadu_si512((right) + k * PANEL + LANES * j);       \
+        UNROLL for (int i = 0; i < R; i++) {                                                                           \
+            int pair;                                                                                                  \
+            memcpy(&pair, (left).data + i * (left).step + 2 * k, 4);                                                   \
+            __m512bh a = (__m512bh)_mm512_set1_epi32(pair);                                                            \
+            UNROLL for (int j = 0; j < 4; j++) c[i][j] = _mm512_dpbf16_ps(c[i][j], b[j], a);                           \
+        }                                                                                                              \
+    }
+
+#define FUSED(R)                                                                                                       \
+    static __attribute__((noinline)) void fused_##R(const Tile *tile) {                                                \
+        const Tile t = *tile;                                                                                          \
+        __m512 c[R][4];                                                                                                \
+        UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < 4; j++) c[i][j] = _mm512_setzero_ps();           \
+        TILE_SUM(R, t.low, t.low_panel, t.low_pairs)                                                                   \
+        if (t.keep) UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < 4; j++) {                            \
+            __mmask16 some = LANES * j < t.columns ? lanes_left(LANES * j, t.columns) : 0;                             \
+            __m128i kept = _mm_maskz_loadu_epi8(some, t.keep + i * t.keep_step + LANES * j);                           \
+            c[i][j] = _mm512_maskz_mov_ps(_mm_test_epi8_mask(kept, kept), c[i][j]);                                    \
+        }                                                                                                              \
+        TILE_SUM(R, t.x, t.panel, t.pairs)                                                                             \
+        UNROLL for (int j = 0; j < 4; j++) if (LANES * j < t.columns) {                                                \
+            __mmask16 some = lanes_left(LANES * j, t.columns);                                                         \
+            __m512 factor = t.gain ? _mm512_maskz_loadu_ps(some, t.gain + LANES * j) : all(1.0f);                      \
+            __m512 offset = t.bias ? _mm512_maskz_loadu_ps(some, t.bias + LANES * j) : _mm512_setzero_ps();            \
+            UNROLL for (int i = 0; i < R; i++)                                                                         \
+                store_some(t.out + i * t.out_step + LANES * j, _mm512_fmadd_ps(c[i][j], factor, offset), some);        \
+        }                                                                                                              \
+    }
+FUSED(1) FUSED(2) FUSED(3) FUSED(4) FUSED(5) FUSED(6)
+static void (*const fused[TILE_ROWS])(const Tile *) = {fused_1, fused_2, fused_3, fused_4, fused_5, fused_6};
+
+/* Some rows by one panel. */
+static void strip(Tile tile, i64 rows) {
+    for (i64 n = 0; n < rows; n += TILE_ROWS) {
+        i64 some = lesser(rows - n, TILE_ROWS);
+        fused[some - 1](&tile);
+        tile.x.data += some * tile.x.step, tile.out += some * tile.out_step;
+        if (tile.low_pairs) tile.low.data += some * tile.low.step;
+        if (tile.keep) tile.keep += some * tile.keep_step;
+    }
+}
+
+/* ── right sides ──────────────────────────────────────────────────────────────────────────────────────────────── */
+
+/* A panel [pair][PANEL] of words, of columns that lie along the rows of what is stored. */
+static void panel_of_rows(Rows x, i64 columns, i64 sum, uint32_t *out) {
+    pairs_of_features(x.data, x.step, columns, PANEL, sum, out);
+}
+
+/* And of columns that lie along its columns. */
+static void panel_of_columns(Rows x, i64 columns, i64 sum, uint32_t *out) {
+    for (i64 k = 0; k < sum; k += 2, out += PANEL)
+        for (i64 c = 0; c < PANEL; c += LANES) {
+            __mmask16 some = c < columns ? lanes_left(c, columns) : 0;
+            const bf16 *even = x.data + k * x.step + c;
+            __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, even));
+            __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, even + x.step));
+            _mm512_storeu_si512(out + c, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+        }
+}
+
+/* float32 [rows, columns] times a factor, rounded into [padded rows, step] with zeros around. */
+static Rows rounded(const float *from, i64 rows, i64 columns, i64 from_step, float factor, bf16 *to, i64 padded_rows,
+                    i64 step) {
+    memset(to, 0, 2 * padded_rows * step);
+    for (i64 r = 0; r < rows; r++)
+        for (i64 c = 0; c < columns; c += LANES) {
+            __mmask16 some = lanes_left(c, columns);
+            __m512 v = _mm512_maskz_loadu_ps(some, from + r * from_step + c);
+            store_some(to + r * step + c, _mm512_mul_ps(v, all(factor)), some);
+        }
+    return (Rows){to, step};
+}
+
+/* A[:, from …] `[width, PANEL]`, and s·B[from …, :] `[PANEL, width]`. */
+static Rows slice_of_A(const Pass *p, const Part *part, i64 from, i64 some, bf16 *to) {
+    return rounded(part->A + from, part->rank, some, p->inputs, part->rest, to, width(part->rank), PANEL);
+}
+
+static Rows slice_of_B(const Part *part, i64 from, i64 some, bf16 *to) {
+    return rounded(part->B + from * part->rank, some, part->rank, part->rank, part->scale, to, PANEL, width(part->rank));
+}
+
+static uint32_t *thin_at(const Pass *p, i64 part) { return p->thin + part * p->most * sum_of(p) / 2; }
+
+static uint32_t *low_panel_at(const Pass *p, i64 part, i64 place) {
+    return p->low_panels + (part * p->at_once + place) * PANEL * p->most / 2;
+}
+
+/* The right sides of the shrinks: Aᵀ forward, s·B backward, words [sum / 2][width]. */
+static void lay_thin(const Pass *p, Bench bench) {
+    i64 sum = sum_of(p), slices = (sum + PANEL - 1) / PANEL;
+#pragma omp for schedule(static)
+    for (i64 task = 0; task < p->count * slices; task++) {
+        const Part *part = p->parts + task / slices;
+        i64 from = task % slices * PANEL, some = lesser(PANEL, sum - from), wide = width(part->rank);
+        uint32_t *out = thin_at(p, task / slices) + from / 2 * wide;
+        if (!wide) continue;
+        if (p->grad.data) pairs_of_tokens(slice_of_B(part, from, some, bench.factor).data, wide, some, some, wide, out);
+        else pairs_of_features(slice_of_A(p, part, from, some, bench.factor).data, PANEL, wide, wide, some, out);
+    }
+}
+
+/* Panels first … first + many - 1 of the large product, and of what each part adds to it. */
+static void lay_panels(const Pass *p, Bench bench, i64 first, i64 many) {
+    i64 sum = sum_of(p);
+#pragma omp for schedule(static)
+    for (i64 place = 0; place < many; place++) {
+        i64 from = (first + place) * PANEL, some = lesser(PANEL, columns_of(p) - from);
+        Weight w = p->weight;
+        uint32_t *out = p->panels + place * PANEL * sum / 2;
+        if (w.across == !p->grad.data) panel_of_columns((Rows){w.data + from, w.columns}, some, sum, out);
+        else panel_of_rows((Rows){w.data + from * w.columns, w.columns}, some, sum, out);
+        for (i64 i = 0; i < p->count; i++) {
+            const Part *part = p->parts + i;
+            i64 wide = width(part->rank);
+            if (!wide) continue;
+            out = low_panel_at(p, i, place);
+            if (p->grad.data) panel_of_columns(slice_of_A(p, part, from, some, bench.factor), some, wide, out);
+            else panel_of_rows(slice_of_B(part, from, some, bench.factor), some, wide, out);
+        }
+    }
+}
+
+/* ── what a block is needed for beside the large product ──────────────────────────────────────────────────────── */
+
+/* x with the dropped elements zero. */
+static Rows dropped(Rows x, const uint8_t *keep, i64 rows, i64 columns, bf16 *to) {
+    for (i64 n = 0; n < rows; n++)
+        for (i64 c = 0; c < columns; c += LANES) {
+            __mmask16 some = lanes_left(c, columns);
+            __m128i kept = _mm_maskz_loadu_epi8(some, keep + n * columns + c);
+            __mmask16 stays = _mm_test_epi8_mask(kept, kept);
+            _mm256_mask_storeu_epi16(to + n * columns + c, some, _mm256_maskz_loadu_epi16(stays, x.data + n * x.step + c));
+        }
+    return (Rows){to, columns};
+}
+
+/* gain ∘ grad; with `sums`, adds Σ grad ∘ (y - bias) to them. */
+static Rows gained(const Pass *p, const float *gain, Rows grad, const bf16 *y, i64 rows, float *sums, bf16 *to) {
+    for (i64 n = 0; n < rows; n++)
+        for (i64 c = 0; c < p->outputs; c += LANES) {
+            __mmask16 some = lanes_left(c, p->outputs);
+            __m512 g = load_some(grad.data + n * grad.step + c, some);
+            store_some(to + n * p->outputs + c, _mm512_mul_ps(g, _mm512_maskz_loadu_ps(some, gain + c)), some);
+            if (!sums) continue;
+            __m512 value = load_some(y + n * p->outputs + c, some);
+            if (p->bias) value = _mm512_sub_ps(value, _mm512_maskz_loadu_ps(some, p->bias + c));
+            _mm512_mask_storeu_ps(sums + c, some, _mm512_fmadd_ps(g, value, _mm512_maskz_loadu_ps(some, sums + c)));
+        }
+    return (Rows){to, p->outputs};
+}
+
+/* left·thin → bfloat16 [rows, wide]. */
+static void thin_product(Rows left, const uint32_t *thin, i64 sum, i64 rows, i64 wide, float *sums, bf16 *out) {
+    product(left.data, left.step, thin, wide, sum / 2, sums, wide, rows, wide, 0);
+    for (i64 i = 0; i < rows * wide; i += LANES) store(out + i, _mm512_loadu_ps(sums + i));
+}
+
+/* C[wide, columns] += lowᵀ·x over the rows, low as words [rows / 2][wide].  The columns of C stand as `unpack` leaves
+ * them (see `straight`), rows spread(columns) apart. */
+static void outer(const uint32_t *words, i64 wide, Rows x, i64 rows, i64 columns, float *C) {
+    i64 step = spread(columns);
+    for (i64 c = 0; c < columns; c += 2 * LANES) {
+        __mmask32 some = columns - c >= 2 * LANES ? 0xffffffffu : (1u << (columns - c)) - 1;
+        for (i64 q = 0; q < wide; q += 8) {
+            __m512 sum[8][2];
+            float *at_ = C + q * step + c;
+            UNROLL for (int i = 0; i < 8; i++) UNROLL for (int j = 0; j < 2; j++) sum[i][j] =
+                _mm512_loadu_ps(at_ + i * step + LANES * j);
+            for (i64 n = 0; n < rows; n += 2) {
+                const bf16 *even = x.data + n * x.step + c;
+                __m512i a = _mm512_maskz_loadu_epi16(some, even);
+                __m512i b = n + 1 < rows ? _mm512_maskz_loadu_epi16(some, even + x.step) : _mm512_setzero_si512();
+                __m512bh low = (__m512bh)_mm512_unpacklo_epi16(a, b), high = (__m512bh)_mm512_unpackhi_epi16(a, b);
+                UNROLL for (int i = 0; i < 8; i++) {
+                    __m512bh pair = (__m512bh)_mm512_set1_epi32((int)words[n / 2 * wide + q + i]);
+                    sum[i][0] = _mm512_dpbf16_ps(sum[i][0], low, pair);
+                    sum[i][1] = _mm512_dpbf16_ps(sum[i][1], high, pair);
+                }
+            }
+            UNROLL for (int i = 0; i < 8; i++) UNROLL for (int j = 0; j < 2; j++)
+                _mm512_storeu_ps(at_ + i * step + LANES * j, sum[i][j]);
+        }
+    }
+}
+
+static float *sums_at(const Pass *p, float *sums, i64 thread, i64 part, i64 each) {
+    return sums + (thread * p->count + part) * each;
+}
+
+/* The shrink of a block, for the result and for the backward pass. */
+static void shrink_block(const Pass *p, Bench bench, i64 i, i64 n, i64 rows) {
+    const Part *part = p->parts + i;
+    i64 at_ = n - part->start, wide = width(part->rank);
+    Rows x = {p->x.data + n * p->x.step, p->x.step};
+    if (part->keep) x = dropped(x, part->keep + at_ * p->inputs, rows, p->inputs, bench.dropped);
+    thin_product(x, thin_at(p, i), p->inputs, rows, wide, bench.sums, part->shrink + at_ * wide);
+}
+
+/* The shrink's gradient, and what the block adds to the gradients of A and B; `grad` is after the gain. */
+static void learn_block(const Pass *p, Bench bench, Rows grad, i64 i, i64 n, i64 rows) {
+    const Part *part = p->parts + i;
+    i64 at_ = n - part->start, wide = width(part->rank), t = omp_get_thread_num();
+    bf16 *slopes = p->slopes + n * p->most;
+    thin_product(grad, thin_at(p, i), p->outputs, rows, wide, bench.sums, slopes);
+    if (part->grad_B) {
+        pairs_of_tokens(part->shrink + at_ * wide, wide, rows, rows, wide, bench.words);
+        outer(bench.words, wide, grad, rows, p->outputs, sums_at(p, p->sums_B, t, i, p->most * spread(p->outputs)));
+    }
+    if (part->grad_A) {
+        Rows x = {p->x.data + n * p->x.step, p->x.step};
+        if (part->keep) x = dropped(x, part->keep + at_ * p->inputs, rows, p->inputs, bench.dropped);
+        pairs_of_tokens(slopes, wide, rows, rows, wide, bench.words);
+        outer(bench.words, wide, x, rows, p->inputs, sums_at(p, p->sums_A, t, i, p->most * spread(p->inputs)));
+    }
+}
+
+/* One block of one part, through the panels that are laid out. */
+static void block(const Pass *p, Bench bench, i64 i, i64 n, i64 rows, i64 first, i64 many) {
+    const Part *part = p->parts + i;
+    i64 wide = width(part->rank), columns = columns_of(p), at_ = n - part->start, forward = !p->grad.data;
+    Rows left = forward ? (Rows){p->x.data + n * p->x.step, p->x.step} : (Rows){p->grad.data + n * p->grad.step, p->grad.step};
+    if (!forward && part->gain) {
+        float *sums = first ? 0 : sums_at(p, p->sums_gain, omp_get_thread_num(), i, spread(p->outputs));
+        left = gained(p, part->gain, left, p->y + n * p->outputs, rows, sums, bench.gained);
+    }
+    if (!first && wide && forward) shrink_block(p, bench, i, n, rows);
+    if (!first && wide && !forward) learn_block(p, bench, left, i, n, rows);
+    for (i64 place = 0; place < many && p->out; place++) {
+        i64 from = (first + place) * PANEL;
+        Tile tile = {.x = left, .pairs = sum_of(p) / 2, .panel = p->panels + place * PANEL * sum_of(p) / 2,
+                     .low_pairs = wide / 2, .low_panel = low_panel_at(p, i, place), .columns = lesser(PANEL, columns - from),
+                     .out = p->out + n * columns + from, .out_step = columns};
+        tile.low = forward ? (Rows){wide ? part->shrink + at_ * wide : 0, wide} : (Rows){p->slopes + n * p->most, wide};
+        if (forward) tile.gain = part->gain ? part->gain + from : 0, tile.bias = p->bias ? p->bias + from : 0;
+        else if (part->keep) tile.keep = part->keep + at_ * columns + from, tile.keep_step = columns;
+        strip(tile, rows);
+    }
+}
+
+/* ── a call ───────────────────────────────────────────────────────────────────────────────────────────────────── */
+
+static void run(const Pass *p, Bench bench) {
+    i64 panels = p->out ? (columns_of(p) + PANEL - 1) / PANEL : 1;
+    i64 t = omp_get_thread_num(), threads = omp_get_num_threads();
+    i64 begin = share(p->rows, t, threads), end = share(p->rows, t + 1, threads);
+    lay_thin(p, bench);
+    for (i64 i = 0; p->grad.data && i < p->count; i++) {
+        if (!meets(p, i, t, threads)) continue;
+        memset(sums_at(p, p->sums_A, t, i, p->most * spread(p->inputs)), 0, 4 * p->most * spread(p->inputs));
+        memset(sums_at(p, p->sums_B, t, i, p->most * spread(p->outputs)), 0, 4 * p->most * spread(p->outputs));
+        memset(sums_at(p, p->sums_gain, t, i, spread(p->outputs)), 0, 4 * spread(p->outputs));
+    }
+    for (i64 first = 0; first < panels; first += p->at_once) {
+        i64 many = lesser(p->at_once, panels - first);
+        if (p->out) lay_panels(p, bench, first, many);
+        for (i64 i = 0; i < p->count; i++) {
+            i64 last = lesser(end, p->parts[i].stop);
+            for (i64 n = greater(begin, p->parts[i].start); n < last; n += BLOCK)
+                block(p, bench, i, n, lesser(BLOCK, last - n), first, many);
+        }
+#pragma omp barrier
+    }
+}
+
+/* 2·LANES sums of `outer`, over the threads that met the part, put straight: unpack had taken the columns in fours. */
+static void straight(const Pass *p, const float *sums, i64 part, i64 each, i64 at_, float factor, float *out) {
+    i64 threads = omp_get_num_threads();
+    __m512 low = _mm512_setzero_ps(), high = low;
+    for (i64 t = 0; t < threads; t++) {
+        if (!meets(p, part, t, threads)) continue;
+        const float *own = sums + (t * p->count + part) * each + at_;
+        low = _mm512_add_ps(low, _mm512_loadu_ps(own));
+        high = _mm512_add_ps(high, _mm512_loadu_ps(own + LANES));
+    }
+    __m512i near = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    __m512i far = _mm512_add_epi32(near, _mm512_set1_epi32(8));
+    _mm512_storeu_ps(out, _mm512_mul_ps(_mm512_permutex2var_ps(low, near, high), all(factor)));
+    _mm512_storeu_ps(out + LANES, _mm512_mul_ps(_mm512_permutex2var_ps(low, far, high), all(factor)));
+}
+
+static void add_up(const Pass *p) {
+    for (i64 i = 0; i < p->count; i++) {
+        const Part *part = p->parts + i;
+        i64 each_A = p->most * spread(p->inputs), each_B = p->most * spread(p->outputs);
+        float some[2 * LANES];
+#pragma omp for schedule(static) nowait
+        for (i64 c = 0; c < p->inputs; c += 2 * LANES)
+            for (i64 r = 0; part->grad_A && r < part->rank; r++) {
+                straight(p, p->sums_A, i, each_A, r * spread(p->inputs) + c, part->rest, some);
+                memcpy(part->grad_A + r * p->inputs + c, some, 4 * lesser(2 * LANES, p->inputs - c));
+            }
+#pragma omp for schedule(static) nowait
+        for (i64 c = 0; c < p->outputs; c += 2 * LANES)
+            for (i64 r = 0; part->grad_B && r < part->rank; r++) {
+                straight(p, p->sums_B, i, each_B, r * spread(p->outputs) + c, part->scale, some);
+                for (i64 o = c; o < lesser(c + 2 * LANES, p->outputs); o++) part->grad_B[o * part->rank + r] = some[o - c];
+            }
+#pragma omp for schedule(static) nowait
+        for (i64 c = 0; c < p->outputs; c++) {
+            if (!part->gain) continue;
+            part->grad_gain[c] = 0;
+            for (i64 t = 0, threads = omp_get_num_threads(); t < threads; t++)
+                if (meets(p, i, t, threads)) part->grad_gain[c] += sums_at(p, p->sums_gain, t, i, spread(p->outputs))[c];
+        }
+    }
+}
+
+/* The shares of one piece of memory, each on a line of the cache of its own. */
+static void *carved(char **rest, i64 bytes) {
+    void *own = *rest;
+    *rest += ROUND_UP(bytes, 64);
+    return own;
+}
+
+static char *furnish(Pass *p, Bench *bench, i64 threads, char *rest) {
+    i64 sum = sum_of(p), backward = p->grad.data != 0, each = threads * p->count;
+    p->thin = carved(&rest, 4 * p->count * p->most * sum / 2);
+    p->panels = carved(&rest, 4 * p->at_once * PANEL * sum / 2);
+    p->low_panels = carved(&rest, 4 * p->count * p->at_once * PANEL * p->most / 2);
+    p->slopes = carved(&rest, backward ? 2 * p->rows * p->most : 0);
+    p->sums_A = carved(&rest, backward ? 4 * each * p->most * spread(p->inputs) : 0);
+    p->sums_B = carved(&rest, backward ? 4 * each * p->most * spread(p->outputs) : 0);
+    p->sums_gain = carved(&rest, backward ? 4 * each * spread(p->outputs) : 0);
+    for (i64 t = 0; t < threads; t++) {
+        bench[t].sums = carved(&rest, 4 * BLOCK * p->most);
+        bench[t].words = carved(&rest, 4 * BLOCK / 2 * p->most);
+        bench[t].factor = carved(&rest, 2 * PANEL * p->most);
+        bench[t].dropped = carved(&rest, 2 * BLOCK * p->inputs);
+        bench[t].gained = carved(&rest, backward ? 2 * BLOCK * p->outputs : 0);
+    }
+    return rest;
+}
+
+static int call(Pass p) {
+    i64 threads = omp_get_max_threads();
+    for (i64 i = 0; i < p.count; i++) p.most = greater(p.most, width(p.parts[i].rank));
+    i64 panels = (columns_of(&p) + PANEL - 1) / PANEL, each = 2 * PANEL * (sum_of(&p) + p.count * p.most);
+    p.at_once = greater(1, lesser(panels, LAID_OUT / each));
+    Bench bench[threads];
+    char *memory = aligned_alloc(64, ROUND_UP((i64)furnish(&p, bench, threads, 0), 64) + 64);
+    if (!memory) return 1;
+    furnish(&p, bench, threads, memory);
+#pragma omp parallel num_threads(threads)
+    {
+        run(&p, bench[omp_get_thread_num()]);
+        if (p.grad.data) add_up(&p);
+    }
+    free(memory);
+    return 0;
+}
+
+int lowrank_forward(Rows x, Weight weight, const float *bias, const Part *parts, i64 count, bf16 *y, i64 rows, i64 inputs,
+                    i64 outputs) {
+    return call((Pass){.weight = weight, .parts = parts, .count = count, .rows = rows, .inputs = inputs,
+                       .outputs = outputs, .x = x, .bias = bias, .out = y});
+}
+
+/* `y` is what forward gave, and is read under gains; `dx` [rows, inputs] may be NULL, and so may each grad_A and grad_B. */
+int lowrank_backward(Rows grad, Rows x, const bf16 *y, Weight weight, const float *bias, const Part *parts, i64 count,
+                     bf16 *dx, i64 rows, i64 inputs, i64 outputs) {
+    return call((Pass){.weight = weight, .parts = parts, .count = count, .rows = rows, .inputs = inputs,
+                       .outputs = outputs, .x = x, .grad = grad, .y = y, .bias = bias, .out = dx});
+}
+#endif
