@@ -12,7 +12,7 @@ from rankwise.surgery.bank import Bank
 
 FORMS = ("lora", "dora")
 SCALINGS = ("alpha/r", "alpha/sqrt(r)", "alpha")
-STORAGES = ("dense",)
+STORAGES = ("dense", "int8", "nf4")
 STARTS = ("kaiming", "gaussian")
 RESIDUAL_STARTS = ("pissa", "olora")
 DTYPES = (torch.float32, torch.bfloat16)

@@ -17,6 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from rankwise.adapters.product import low_rank_product
+from rankwise.kernels.codes import Coded, Weight, dense
+
 
 @dataclass(frozen=True)
 class SiteShape:
@@ -111,14 +114,15 @@ class LowRank(nn.Module):
             self.squares = row_squares(weight)
 
     @torch.no_grad()
-    def norms(self, weight: Tensor) -> Tensor:
+    def norms(self, weight: Weight, dtype: torch.dtype) -> Tensor:
         """‖W + s·B·A‖ by output, `[O]`: a constant to the gradient, as in the paper's §4.3.
 
-        ‖W‖² + 2s⟨B, W·Aᵀ⟩ + s²·⟨B·(A·Aᵀ), B⟩ by rows: no matrix of the size of W is made.
+        ‖W‖² + 2s⟨B, W·Aᵀ⟩ + s²·⟨B·(A·Aᵀ), B⟩ by rows: no matrix of the size of W is made.  `dtype` is that
+        of the layer's products.
         """
-        known = row_squares(weight) if self.squares is None else self.squares
+        known = row_squares(dense(weight, dtype)) if self.squares is None else self.squares
         A, B = (factor.flatten(1).to(known.dtype) for factor in self.factors())
-        cross = (weight.flatten(1) @ A.t().to(weight.dtype)).to(B.dtype)
+        cross = _through(weight, A.to(dtype)).to(B.dtype)
         squares = known + 2 * self.scale * (B * cross).sum(1) + self.scale**2 * ((B @ (A @ A.t())) * B).sum(1)
         return squares.clamp(min=0).sqrt()
 
@@ -139,6 +143,11 @@ class LowRank(nn.Module):
         return self.m is None or (
             self.squares is not None and bool(torch.allclose(self.m, self.squares.sqrt().float()))
         )
+
+
+def _through(weight: Weight, A: Tensor) -> Tensor:
+    """W·Aᵀ, `[O, R]`."""
+    return low_rank_product(A, weight, None, ()).t() if isinstance(weight, Coded) else weight.flatten(1) @ A.t()
 
 
 def row_squares(weight: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
 axis      choices                                   the names people know
 form      lora · dora                               LoRA · DoRA
 scaling   alpha/r · alpha/sqrt(r) · alpha           LoRA · rsLoRA · direct
-storage   dense                                     16- or 32-bit base
-rates     engine/run.py: lr_ratio                   LoRA+ (a ratio of 1 is AdamW)
+storage   of the base: frozen/coded.py              QLoRA: nf4 and any form
+rates     of the run: engine/run.py                 LoRA+ (a ratio of 1 is AdamW)
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _readable_patterns(patterns: dict[str, Any]) -> dict[str, Any]:
 
 
 Form = Literal["lora", "dora"]
-Init = Literal["kaiming", "gaussian", "pissa", "olora"]
+Init = Literal["kaiming", "gaussian", "pissa", "olora", "loftq"]
 Rank = Annotated[int, Field(ge=1)]
 Alpha = Annotated[float, Field(gt=0)]
 Targets = Annotated[str | tuple[str, ...], AfterValidator(readable_targets)]
@@ -68,10 +68,11 @@ class LoraSpec(Settings):
         alpha: numerator of the scale at every site that `alpha_pattern` does not name.
         targets: a preset (`minimal`, `attention`, `mlp`, `all-linear`), a list of layer names (whole paths or their
             last parts), or a regular expression that matches whole paths.
-        form, scaling, storage: three of the four axes; the fourth is a run's (`Run.lr_ratio`).
+        form, scaling: two of the four axes; storage is the base's (`load_base`), rates are a run's (`Run.lr_ratio`).
         dropout: probability with which an input element of the adapter branch is zeroed in training.
         init: how A starts, with B at zero, so that training starts at the base (for embeddings A and B swap roles);
-            or, `pissa` and `olora`, A and B out of the weight, with the start taken off again: the base stays as it is.
+            or, `pissa` and `olora`, A and B out of the weight, with the start taken off again: the base stays as it is;
+            or `loftq`: out of what holding the base in codes took away, so that training starts nearer to the dense.
         rank_pattern, alpha_pattern: pattern → value for single sites.  A pattern is a regular expression that matches
             the whole path or its last parts; the first match wins, as in PEFT.
         modules_to_save: layers trained whole, as copies, and stored with the adapter.
@@ -85,7 +86,6 @@ class LoraSpec(Settings):
     targets: Targets = "all-linear"
     form: Form = "lora"
     scaling: Scaling = "alpha/r"
-    storage: Literal["dense"] = "dense"
     dropout: float = Field(default=0.0, ge=0, lt=1)
     init: Init = "kaiming"
     rank_pattern: RankPattern = Field(default_factory=dict)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from rankwise.cli.console import looking_on, print_json
-from rankwise.cli.options import Data, Device, Dtype, Force, Json, Model
+from rankwise.cli.options import Data, Device, Dtype, Force, Json, Model, Storage
 
 
 def evaluate(
@@ -27,6 +27,7 @@ def evaluate(
         str | None, typer.Option(help="Answers that count: all or last [as in training].", show_default=False)
     ] = None,
     dtype: Dtype = "auto",
+    storage: Storage = None,
     device: Device = "auto",
     force: Force = False,
     json: Json = False,
@@ -41,7 +42,7 @@ def evaluate(
     from rankwise.jobs.evaluate import run_evaluation
     from rankwise.jobs.plan_text import left_out
 
-    asked: dict[str, Any] = {"max_length": max_length, "overlong": overlong, "train_on": train_on}
+    asked: dict[str, Any] = {"max_length": max_length, "overlong": overlong, "train_on": train_on, "storage": storage}
     with looking_on(json) as watch:
         found = run_evaluation(model, adapter, data, watch, dtype=dtype, device=device, force=force, **asked)
         if json:

@@ -14,12 +14,16 @@ RECORD = "rankwise.json"
 SCHEMA = 1
 
 
-def describe(adapter: Adapter, base: str, fingerprint: str, facts: dict[str, Any]) -> dict[str, Any]:
-    """The record of an adapter; `facts` are the run's own (data digests, template hash, metrics)."""
+def describe(adapter: Adapter, base: dict[str, str], facts: dict[str, Any]) -> dict[str, Any]:
+    """The record of an adapter.
+
+    `base` says which (`name`, `fingerprint`) and how its weights were held (`storage`), `facts` are the run's own (data
+    digests, template hash, metrics).
+    """
     return {
         "schema": SCHEMA,
         "spec": adapter.spec.model_dump(mode="json"),
-        "base": {"name": base, "fingerprint": fingerprint},
+        "base": base,
         "digest": adapter.digest(),
         "parameters": adapter.parameter_count(),
         "sites": {

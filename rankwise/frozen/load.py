@@ -12,6 +12,8 @@ from transformers.utils import logging
 
 from rankwise.errors import ModelError, SpecError, listing
 from rankwise.frozen.precision import Precision, choose_precision
+from rankwise.frozen.storing import StorageConfig, misfits
+from rankwise.kernels.sizes import Storage
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class Base:
 
     Attributes:
         stored: the number format of the weights on disk, as the model's config says; float32 where it does not.
+        storage: how the weights of its linear layers are held: as they are, or in codes (frozen/coded.py).
     """
 
     name: str
@@ -28,9 +31,17 @@ class Base:
     device: torch.device
     precision: Precision
     stored: torch.dtype
+    storage: Storage = "dense"
 
 
-def load_base(name: str | Path, *, dtype: str = "auto", device: str = "auto") -> Base:
+def load_base(
+    name: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    storage: Storage = "dense",
+    remainder_rank: int = 0,
+) -> Base:
     """A causal language model in evaluation mode, and its tokenizer.
 
     Args:
@@ -38,6 +49,8 @@ def load_base(name: str | Path, *, dtype: str = "auto", device: str = "auto") ->
             are never opened.
         dtype: `auto`, `bfloat16`, `float16` or `float32`.
         device: `auto` (a GPU when there is one), or as torch names them.
+        storage: `dense`, or `int8` or `nf4` for the linear layers, which are put in codes one by one as they are read.
+        remainder_rank: keep so much of what that takes away, for `init="loftq"`.
 
     Raises:
         ModelError: it cannot be found or read, lacks weights, or is no causal language model; says the way out.
@@ -50,8 +63,9 @@ def load_base(name: str | Path, *, dtype: str = "auto", device: str = "auto") ->
     config = _read(source, "config", AutoConfig)
     stored = getattr(config, "dtype", None) or torch.float32
     tokenizer = _read(source, "tokenizer", AutoTokenizer)
-    model = _read_weights(source, config, precision.dtype)
-    return Base(source, model.to(place).eval(), tokenizer, place, precision, stored)
+    codes = None if storage == "dense" else StorageConfig(storage, remainder_rank)
+    model = _read_weights(source, config, precision.dtype, codes)
+    return Base(source, model.to(place).eval(), tokenizer, place, precision, stored, storage)
 
 
 def read_config(name: str | Path) -> Any:
@@ -78,13 +92,14 @@ def read_outline(name: str | Path) -> Any:
         raise ModelError(f"{source}: its config makes no model: {reason}", hint=_way_out(source)) from error
 
 
-def _read_weights(source: str, config: Any, dtype: torch.dtype) -> Any:
+def _read_weights(source: str, config: Any, dtype: torch.dtype, codes: StorageConfig | None) -> Any:
     """The model; where a weight is missing or has another shape, transformers would go on with random numbers."""
-    wanted = {"config": config, "dtype": dtype, "use_safetensors": True}
+    wanted = {"config": config, "dtype": dtype, "use_safetensors": True, "quantization_config": codes}
     told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, found = _read(source, "weights", AutoModelForCausalLM, **wanted, **told)
     problems = [f"{name}: missing" for name in sorted(found["missing_keys"])]
-    problems += [f"{name}: {tuple(a)} in the file, {tuple(b)} in the model" for name, a, b in found["mismatched_keys"]]
+    mismatched = [*found["mismatched_keys"], *misfits(model)]
+    problems += [f"{name}: {tuple(a)} in the file, {tuple(b)} in the model" for name, a, b in mismatched]
     if problems:
         raise ModelError(f"{source}: its weights do not fit its config:\n{listing(problems)}", hint=_way_out(source))
     return model

@@ -10,7 +10,7 @@ from rankwise.data.template import Template
 from rankwise.engine.generate import answer, stops_of
 from rankwise.errors import DataError
 from rankwise.frozen.load import load_base
-from rankwise.jobs.evaluate import load_adapter
+from rankwise.jobs.evaluate import as_trained, load_adapter
 from rankwise.jobs.watch import Watch
 from rankwise.surgery.bank import Bank
 
@@ -24,6 +24,7 @@ class Chat:
         model, adapter: base, and the adapter to talk to; None talks to the base.
         max_new_tokens: length of an answer at the most.
         temperature: 0 always gives the likeliest answer.
+        storage: how the base is held; None as the adapter was trained.
         force: talk to an adapter of another base or template all the same.
 
     Raises:
@@ -39,10 +40,12 @@ class Chat:
         *,
         max_new_tokens: int = 512,
         temperature: float = 0.0,
+        storage: str | None = None,
         force: bool = False,
     ) -> None:
         with watch.stage(f"loading {model}"):
-            self.base = load_base(model)
+            asked = as_trained([] if adapter is None else [adapter], {"storage": storage})
+            self.base = load_base(model, storage=asked["storage"])
             self.template = Template(self.base.tokenizer)
         if self.template.chat is None:
             raise DataError(f"{model} has no chat template", hint="chat with an instruct model")

@@ -19,6 +19,7 @@ from rankwise.errors import AdapterMismatchError, DataError, SpecError, listing
 from rankwise.formats.record import read_record
 from rankwise.frozen.load import Base, load_base
 from rankwise.jobs.watch import Advance, Watch
+from rankwise.kernels.sizes import Storage
 from rankwise.surgery.bank import Bank
 
 
@@ -36,8 +37,8 @@ def run_evaluation(
     """Losses of the base and of every adapter on the same documents, with paired 95 % intervals.
 
     Args:
-        reading: `max_length`, `overlong`, `train_on`, as `rankwise train` has them; None is what all adapters were
-            trained with, and where they differ or do not say, what `rankwise train` does by itself.
+        reading: `max_length`, `overlong`, `train_on`, `storage`, as `rankwise train` has them; None is what all
+            adapters were trained with, and where they differ or do not say, what `rankwise train` does by itself.
 
     Returns:
         `{"documents", "tokens", "base": {"loss"}, "adapters": [{"name", "loss", "delta": {"mean", "low", "high"}}],
@@ -51,9 +52,9 @@ def run_evaluation(
     data = [expanduser(source) for source in data]
     adapters = [folder.expanduser() for folder in adapters]
     names = folder_names(adapters)
+    asked = as_trained(adapters, reading)
     with watch.stage(f"loading {model}"):
-        base = load_base(model, dtype=dtype, device=device)
-    asked = _as_trained(adapters, reading)
+        base = load_base(model, dtype=dtype, device=device, storage=asked["storage"])
     template = Template(base.tokenizer, asked["train_on"])
     with watch.stage("reading the documents") as advance:
         found = prepare(
@@ -96,10 +97,11 @@ _TRAINED: dict[str, tuple[TypeAdapter[Any], Any]] = {
     "max_length": (TypeAdapter(Annotated[int, Field(ge=2)]), 2048),
     "overlong": (TypeAdapter(Overlong), "truncate"),
     "train_on": (TypeAdapter(TrainOn), "all"),
+    "storage": (TypeAdapter(Storage), "dense"),
 }
 
 
-def _as_trained(adapters: Sequence[Path], asked: dict[str, Any]) -> dict[str, Any]:
+def as_trained(adapters: Sequence[Path], asked: dict[str, Any]) -> dict[str, Any]:
     """Each setting as asked for, else as in the training of all adapters, else as training has it by itself."""
     if unknown := asked.keys() - _TRAINED.keys():
         raise SpecError(f"no setting of reading: {', '.join(sorted(unknown))}", hint=", ".join(_TRAINED))

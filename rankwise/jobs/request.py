@@ -14,6 +14,7 @@ from rankwise.adapters.presets import SCENARIOS
 from rankwise.adapters.scaling import Scaling
 from rankwise.adapters.spec import AlphaPattern, Form, Init, LoraSpec, RankPattern, named_targets, readable_targets
 from rankwise.errors import SpecError
+from rankwise.kernels.sizes import Storage
 from rankwise.settings import Settings
 
 
@@ -92,7 +93,7 @@ class TrainRequest(Settings):
     form: Form = _default("lora", "LoRA; dora adds a magnitude for every output")
     scaling: Scaling = _default("alpha/r", "the original; alpha/sqrt(r) is rsLoRA's, for high ranks")
     dropout: float = _default(0.0, "data are seen about once; 0.05 to 0.1 helps when they are seen often", ge=0, lt=1)
-    init: Init = _default("kaiming", "as loralib and PEFT; pissa and olora begin with the weight's own directions")
+    init: Init = _default("kaiming", "as loralib and PEFT; the others begin with the weight's own directions")
     rank_pattern: Annotated[RankPattern, BeforeValidator(_pairs)] = _default({}, "one rank everywhere")
     alpha_pattern: Annotated[AlphaPattern, BeforeValidator(_pairs)] = _default({}, "one alpha everywhere")
     modules_to_save: Names = _default((), "nothing is trained whole")
@@ -116,6 +117,7 @@ class TrainRequest(Settings):
     save_every: int = _default(0, "a checkpoint at every evaluation", ge=0)
     checkpointing: bool = _default(False, "a third more time; switch on when memory is short")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = _default("auto", "what this machine multiplies fast")
+    storage: Storage = _default("dense", "weights as they are; nf4 (QLoRA) or int8 where memory is short")
     device: str = _default("auto", "a GPU when there is one")
     track: Repeated = _default((), "metrics.jsonl holds everything")
 
@@ -136,6 +138,8 @@ class TrainRequest(Settings):
         clash = sorted(_OF_ADAPTER & self.model_fields_set)
         if self.continue_from is not None and clash:
             raise ValueError(f"continue_from takes the adapter as it is; leave out {', '.join(clash)}")
+        if self.init == "loftq" and self.storage == "dense":
+            raise ValueError("init loftq begins with what rounding took away: it needs storage int8 or nf4")
         return self
 
     @property

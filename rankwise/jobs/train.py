@@ -76,7 +76,7 @@ def _run(request: TrainRequest, folder: RunFolder, watch: Watch) -> dict[str, An
         is_file(source)  # one that is missing is found out before a model is loaded
     check_trackers(request.track)
     with watch.stage(f"loading {request.model}"):
-        base = load_base(request.model, dtype=request.dtype, device=request.device)
+        base = _loaded(request)
     template = Template(base.tokenizer, request.train_on)
     documents = read_documents(request, template, watch)
     with Bank(base.model) as bank:
@@ -100,6 +100,18 @@ def _run(request: TrainRequest, folder: RunFolder, watch: Watch) -> dict[str, An
                 stacklevel=2,
             )
         return _finish(bank, base, template, request, documents, facts, watch)
+
+
+def _loaded(request: TrainRequest) -> Base:
+    spec = request.spec
+    remainder = max(spec.rank, *spec.rank_pattern.values(), 0) if spec.init == "loftq" else 0
+    return load_base(
+        request.model,
+        dtype=request.dtype,
+        device=request.device,
+        storage=request.storage,
+        remainder_rank=remainder,
+    )
 
 
 def _train(bank: Bank, request: TrainRequest, documents: Documents, folder: RunFolder, watch: Watch) -> Outcome:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from rankwise.adapters.spec import RankPattern, named_targets, readable_targets
-from rankwise.planning.held import Storage
+from rankwise.kernels.sizes import Storage
 from rankwise.planning.passes import Form
 from rankwise.settings import Settings
 

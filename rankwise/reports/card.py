@@ -127,7 +127,7 @@ def _adapter(record: Record) -> str:
         for group in group_sites(record.sites)
     ]
     spec = record.spec
-    axes = f"Form {spec.form}, scaling {spec.scaling}, storage {spec.storage}, init {spec.init}"
+    axes = f"Form {spec.form}, scaling {spec.scaling}, storage {record.base.storage}, init {spec.init}"
     parameters = numbers.counted(record.parameters, "parameter")
     table = _table(("where", "layers", "sites", "rank", "alpha", "scale"), rows)
     return f"## The adapter\n\n{_escaped(f'{parameters}. {axes}, dropout {numbers.plain(spec.dropout)}.')}\n\n{table}"

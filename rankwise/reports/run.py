@@ -30,7 +30,6 @@ class Spec:
     targets: str | tuple[str, ...]
     form: str
     scaling: str
-    storage: str
     dropout: FiniteFloat
     init: str
     rank_pattern: dict[str, PositiveInt] = field(default_factory=dict)
@@ -42,6 +41,7 @@ class Spec:
 class Base:
     name: str
     fingerprint: str
+    storage: str = "dense"
 
 
 @dataclass(frozen=True)

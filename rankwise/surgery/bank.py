@@ -22,7 +22,9 @@ from rankwise.adapters.spec import LoraSpec
 from rankwise.errors import BankError, RankwiseWarning, nearest
 from rankwise.formats.peft import read_adapter, write_adapter
 from rankwise.formats.record import check_base, describe, read_record, write_record
-from rankwise.frozen.fingerprint import fingerprint
+from rankwise.frozen.coded import CodedLinear
+from rankwise.frozen.fingerprint import Sample, fingerprint
+from rankwise.kernels.sizes import Storage
 from rankwise.surgery.begin import begun
 from rankwise.surgery.binding import check_fits
 from rankwise.surgery.layer import AdaptedLayer, CopiedLayer, Stand
@@ -82,15 +84,23 @@ class Bank:
         """Every module of the base by every path it has."""
         return dict(self.model.named_modules(remove_duplicate=False))
 
+    @property
+    def storage(self) -> Storage:
+        """How the base's linear layers are held."""
+        held = (site.module for site in self.sites.values())
+        codes: Iterator[Storage] = (module.code for module in held if isinstance(module, CodedLinear))
+        return next(codes, "dense")
+
     @cached_property
     def base_fingerprint(self) -> str:
         """Of the base alone, whatever adapters it holds."""
         return fingerprint(self._parameters.items())
 
     @cached_property
-    def _parameters(self) -> dict[str, nn.Parameter]:
-        """The base's own parameters, by the names they have in the clean model."""
-        return dict(self.model.named_parameters())
+    def _parameters(self) -> dict[str, nn.Parameter | Sample]:
+        """The base's own parameters, by the names they have in the clean model; of those in codes what they were."""
+        coded = {f"{path}.weight": m.sample for path, m in self.model.named_modules() if isinstance(m, CodedLinear)}
+        return dict(self.model.named_parameters()) | coded
 
     def _fingerprint_beside(self, modules: Iterable[str]) -> str:
         """Of the base without modules that an adapter brings along: a fresh head does not make another base."""
@@ -182,9 +192,10 @@ class Bank:
         """
         adapter, folder = self.adapter(name).plain(), Path(folder)
         kinds = {path: self.sites[path].kind.name for path in adapter.sites}
-        base = str(getattr(getattr(self.model, "config", None), "_name_or_path", ""))
-        write_adapter(folder, adapter, kinds, tuple(self.modules), base, _task(self.model))
-        write_record(folder, describe(adapter, base, self._fingerprint_beside(adapter.modules), dict(facts or {})))
+        name = str(getattr(getattr(self.model, "config", None), "_name_or_path", ""))
+        write_adapter(folder, adapter, kinds, tuple(self.modules), name, _task(self.model))
+        base = {"name": name, "fingerprint": self._fingerprint_beside(adapter.modules), "storage": self.storage}
+        write_record(folder, describe(adapter, base, dict(facts or {})))
 
     def _check_base(self, folder: Path, adapter: Adapter) -> None:
         record = read_record(folder)
@@ -326,7 +337,15 @@ class Bank:
 
         Adapters are dropped, originals forgotten; an embedding and a head that were tied and now differ are declared
         untied in the model's config.
+
+        Raises:
+            BankError: the base is held in codes: rounding to them again would take most of the adapter away.
         """
+        if self.storage != "dense":
+            raise BankError(
+                f"the base is held in {self.storage}; merged into its codes, most of an adapter would be rounded away",
+                hint="load the base dense to merge for good; bank.merge and bank.unmerge work in any storage",
+            )
         report = self.merge(name)
         for path, stand in self._stands.items():
             if isinstance(stand, CopiedLayer):

@@ -73,8 +73,8 @@ class AdaptedLayer(Stand):
         self._known_norms: dict[str, Any] = {}  # name → A, B, and the norms they gave
 
     def admit(self, name: str, own: LowRank, seed: int) -> None:
-        self.adapters[key_of(name)] = own.to(self.base.weight.device).train(self.training)
-        own.meet(self.kind.oriented(self.base.weight))
+        self.adapters[key_of(name)] = own.to(self.kind.held(self.base).device).train(self.training)
+        own.meet(self.kind.weight(self.base))
         self.seeds[name] = seed
         self._known_norms.pop(name, None)
 
@@ -104,7 +104,7 @@ class AdaptedLayer(Stand):
         """
         A, B, norms = self._known_norms.get(name, (None, None, None))
         if A is None or A.device != factors.A.device or not (torch.equal(A, factors.A) and torch.equal(B, factors.B)):
-            norms = factors.norms(self.kind.oriented(self.base.weight))
+            norms = factors.norms(self.kind.held(self.base), self.kind.dtype(self.base))
             self._known_norms[name] = factors.A.detach().clone(), factors.B.detach().clone(), norms
         return norms
 

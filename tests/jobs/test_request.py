@@ -51,6 +51,7 @@ EVERYTHING = {
     "save_every": 6,
     "checkpointing": True,
     "dtype": "bfloat16",
+    "storage": "nf4",
     "device": "cpu",
     "track": ("tensorboard", "wandb"),
 }
@@ -151,6 +152,7 @@ save_every: 6
 checkpointing: true
 force: true
 dtype: bfloat16
+storage: nf4
 device: cpu
 track: [tensorboard, wandb]
 """

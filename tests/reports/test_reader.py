@@ -51,7 +51,10 @@ def test_what_formats_write_is_what_reports_read(tmp_path):
     spec = LoraSpec(targets=("q_proj", "v_proj"), rank_pattern={"layers.0.q_proj": 4}, modules_to_save=("head",))
     factors = LowRank(torch.ones(4, 3), torch.ones(2, 4), scale=8.0)
     adapter = Adapter(spec, {"layers.0.q_proj": factors}, {"head": {"weight": torch.ones(1)}})
-    write_record(tmp_path, describe(adapter, "gpt2", "ab", {"versions": {"rankwise": "0.1.0"}}))
+    write_record(
+        tmp_path,
+        describe(adapter, {"name": "gpt2", "fingerprint": "ab", "storage": "nf4"}, {"versions": {"rankwise": "0.1.0"}}),
+    )
     read = read_run(tmp_path).record
     assert read.spec.targets == ("q_proj", "v_proj")
     assert read.spec.rank_pattern == {"layers.0.q_proj": 4}

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankwise.errors import BankError, RouteError
+from rankwise.frozen.coded import hold
 from rankwise.surgery.bank import Bank
 from tests.grid import DTYPES, FORMS, RESIDUAL_STARTS, SCALINGS, STARTS, STORAGES, relative, spec, state_of, trained
 from tests.models import ARCHITECTURES, output, tiny
@@ -18,9 +19,11 @@ LOW = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @LOW
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("storage", STORAGES)
 @torch.no_grad()
-def test_a_fresh_adapter_changes_no_bit(name, dtype, form, start):
-    model = tiny(name, dtype).requires_grad_(False)  # torch chooses convolution kernels by this flag, with other bits
+def test_a_fresh_adapter_changes_no_bit(name, dtype, form, start, storage):
+    model = hold(tiny(name, dtype), storage)
+    model.requires_grad_(False)  # torch chooses convolution kernels by this flag, with other bits
     inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in ARCHITECTURES[name].inputs(3).items()}
     before = output(model, inputs)
     with Bank(model) as bank:
@@ -105,10 +108,25 @@ def test_dora_learns_by_the_papers_gradient(name):
 @pytest.mark.parametrize("scaling", SCALINGS)
 @torch.no_grad()
 def test_forward_is_merged(name, dtype, form, storage, scaling):
-    model, truth = tiny(name, dtype), tiny(name, dtype).float()
+    chosen = spec(ARCHITECTURES[name].targets, form=form, scaling=scaling)
+    merged, adapted, want = merged_and_adapted(name, dtype, chosen, storage)
+    if dtype == torch.float32:
+        assert relative(merged, adapted) < 1e-5
+    else:  # one more rounding of each weight may cost no more than the number format has cost already
+        assert typical(merged, want) < 2 * typical(adapted, want) + 0.01
+
+
+def typical(got: torch.Tensor, want: torch.Tensor) -> float:
+    """The middle one of the vectors' relative differences: a rounding may send a few tokens to other experts."""
+    apart, size = ((x.double().flatten(0, -2)).norm(dim=-1) for x in (got - want, want))
+    return float((apart / size.clamp(min=1e-30)).median())
+
+
+def merged_and_adapted(name, dtype, chosen, storage) -> tuple[torch.Tensor, ...]:
+    """What comes out of a model with an adapter merged, of base + adapter, and of base + adapter in float32."""
+    model, truth = hold(tiny(name, dtype), storage), hold(tiny(name, dtype).float(), storage)
     inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in ARCHITECTURES[name].inputs(3).items()}
     exact = {k: v.float() if v.is_floating_point() else v for k, v in inputs.items()}
-    chosen = spec(ARCHITECTURES[name].targets, form=form, storage=storage, scaling=scaling)
     with Bank(model) as bank, Bank(truth) as reference:
         trained(bank, "task", chosen)
         trained(reference, "task", chosen)
@@ -117,16 +135,12 @@ def test_forward_is_merged(name, dtype, form, storage, scaling):
         assert relative(output(truth, exact), want) > 0.05, "the adapter does too little for the test to see"
         with bank.use("task"):
             adapted = output(model, inputs)
-        report = bank.merge("task")
+        assert bank.merge("task").layers == len(bank.adapter("task").sites)
         merged = output(model, inputs)
-        assert report.layers == len(bank.adapter("task").sites)
-        if dtype == torch.float32:
-            assert relative(merged, adapted) < 1e-5
-        else:  # one more rounding of each weight may cost no more than the number format has cost already
-            assert relative(merged, want) < 2 * relative(adapted, want) + 0.01
         bank.unmerge()
         with bank.use("task"):
             assert torch.equal(output(model, inputs), adapted)
+    return merged, adapted, want
 
 
 @EVERY
@@ -167,11 +181,14 @@ def test_rows_routed_equal_rows_alone(name, form):
 OPERATIONS = ("add", "remove", "use", "merge", "unmerge", "route", "train", "eval")
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "t5", "gpt2", "unet", "roberta"])
+@pytest.mark.parametrize(
+    ("name", "storage"),
+    [*((name, "dense") for name in ("llama-tied", "t5", "gpt2", "unet", "roberta")), ("gpt2", "int8"), ("t5", "nf4")],
+)
 @given(st.lists(st.tuples(st.sampled_from(OPERATIONS), st.integers(0, 3)), max_size=25))
 @settings(max_examples=100, deadline=None)
-def test_undo_is_exact_in_any_order(name, steps):
-    model = tiny(name)
+def test_undo_is_exact_in_any_order(name, storage, steps):
+    model = hold(tiny(name), storage)
     inputs, before = ARCHITECTURES[name].inputs(2), state_of(model)
     bank = Bank(model)
     values: dict[str, str] = {}
