@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from rankwise.adapters.adapter import Adapter, checked_name
 from rankwise.adapters.dropout import mixed
 from rankwise.adapters.spec import LoraSpec
-from rankwise.errors import BankError, RankwiseWarning, nearest
+from rankwise.errors import BankError, RankwiseWarning, listing, nearest
 from rankwise.formats.peft import read_adapter, write_adapter
 from rankwise.formats.record import check_base, describe, read_record, write_record
 from rankwise.frozen.fingerprint import fingerprint
@@ -177,6 +177,9 @@ class Bank:
     def save(self, name: str, folder: str | Path, facts: Mapping[str, Any] | None = None) -> None:
         """Writes an adapter as a PEFT folder plus rankwise.json, with `facts` of the run; read back and compared.
 
+        Warns:
+            RankwiseWarning: some of its sites change something and some do not, as where training went past them.
+
         Raises:
             AdapterFileError: a tensor is not finite, or the disk gave back other bytes.
         """
@@ -185,6 +188,12 @@ class Bank:
         base = str(getattr(getattr(self.model, "config", None), "_name_or_path", ""))
         write_adapter(folder, adapter, kinds, tuple(self.modules), base, _task(self.model))
         write_record(folder, describe(adapter, base, self._fingerprint_beside(adapter.modules), dict(facts or {})))
+        still = [path for path, factors in adapter.sites.items() if factors.changes_nothing()]
+        if 0 < len(still) < len(adapter.sites):
+            said = (
+                f"{name!r}: {len(still)} of its {len(adapter.sites)} sites change nothing, no training has moved them"
+            )
+            warnings.warn(f"{said}:\n{listing(still)}", RankwiseWarning, 2)
 
     def _check_base(self, folder: Path, adapter: Adapter) -> None:
         record = read_record(folder)
