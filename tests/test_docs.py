@@ -40,6 +40,15 @@ def test_the_python_of_the_readme_runs(page, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.filterwarnings("ignore:'pin_memory':UserWarning")
+def test_the_python_of_the_library_page_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_model(tmp_path / "model")
+    exec("\n".join(blocks(ROOT / "docs" / "library.md", "python")).replace("path/or/hub-id", "./model"), space := {})
+    assert space["tuned"]["eval_loss"] < space["base"]["eval_loss"]
+    assert {path.parent.name for path in tmp_path.glob("out/*/adapter_config.json")} == {"task", "prefers"}
+
+
 @pytest.mark.parametrize(("page", "line"), COMMANDS)
 def test_every_command_on_a_page_is_one(page, line):
     _, verb, *words = shlex.split(line)

@@ -69,7 +69,13 @@ class LowRank(nn.Module):
         self.B = nn.Parameter(B)
         self.m = None if m is None else nn.Parameter(m)
         self.scale = scale
-        self.dropout = dropout
+        # Draws nothing: it is where other tools look for dropout, as TRL does to switch it off for DPO.
+        self.drop = nn.Dropout(dropout)
+
+    @property
+    def dropout(self) -> float:
+        """The probability with which an input element of the branch is zeroed in training."""
+        return self.drop.p
 
     @property
     def rank(self) -> int:

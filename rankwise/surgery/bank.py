@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from rankwise.adapters.adapter import Adapter, checked_name
 from rankwise.adapters.dropout import mixed
 from rankwise.adapters.spec import LoraSpec
-from rankwise.errors import BankError, RankwiseWarning, nearest
+from rankwise.errors import BankError, RankwiseWarning, listing, nearest
 from rankwise.formats.peft import read_adapter, write_adapter
 from rankwise.formats.record import check_base, describe, read_record, write_record
 from rankwise.frozen.coded import CodedLinear
@@ -187,15 +187,24 @@ class Bank:
     def save(self, name: str, folder: str | Path, facts: Mapping[str, Any] | None = None) -> None:
         """Writes an adapter as a PEFT folder plus rankwise.json, with `facts` of the run; read back and compared.
 
+        Warns:
+            RankwiseWarning: some of its sites change something and some do not, as where training went past them.
+
         Raises:
             AdapterFileError: a tensor is not finite, or the disk gave back other bytes.
         """
         adapter, folder = self.adapter(name).plain(), Path(folder)
         kinds = {path: self.sites[path].kind.name for path in adapter.sites}
-        name = str(getattr(getattr(self.model, "config", None), "_name_or_path", ""))
-        write_adapter(folder, adapter, kinds, tuple(self.modules), name, _task(self.model))
-        base = {"name": name, "fingerprint": self._fingerprint_beside(adapter.modules), "storage": self.storage}
+        model = str(getattr(getattr(self.model, "config", None), "_name_or_path", ""))
+        write_adapter(folder, adapter, kinds, tuple(self.modules), model, _task(self.model))
+        base = {"name": model, "fingerprint": self._fingerprint_beside(adapter.modules), "storage": self.storage}
         write_record(folder, describe(adapter, base, dict(facts or {})))
+        still = [path for path, factors in adapter.sites.items() if factors.changes_nothing()]
+        if 0 < len(still) < len(adapter.sites):
+            said = (
+                f"{name!r}: {len(still)} of its {len(adapter.sites)} sites change nothing, no training has moved them"
+            )
+            warnings.warn(f"{said}:\n{listing(still)}", RankwiseWarning, 2)
 
     def _check_base(self, folder: Path, adapter: Adapter) -> None:
         record = read_record(folder)

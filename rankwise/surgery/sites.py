@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import cast
 
 from torch import nn
@@ -74,7 +75,7 @@ def choose_sites(spec: LoraSpec, sites: Mapping[str, Site], modules: Sequence[st
     """
     problems: list[str] = []
     if isinstance(spec.targets, str):
-        chosen = _by_preset(spec.targets, sites) or _by_regex(spec.targets, sites)
+        chosen = _by_preset(spec, sites) or _by_regex(spec.targets, sites)
         if not chosen:
             problems.append(f"targets {spec.targets!r} match no layer")
     else:
@@ -93,9 +94,16 @@ def choose_sites(spec: LoraSpec, sites: Mapping[str, Site], modules: Sequence[st
     return [site for path, site in sites.items() if path in chosen]
 
 
-def _by_preset(word: str, sites: Mapping[str, Site]) -> dict[str, Site]:
-    roles = TARGET_ROLES.get(word, frozenset())
-    return {path: site for path, site in sites.items() if site.role in roles}
+def _by_preset(spec: LoraSpec, sites: Mapping[str, Site]) -> dict[str, Site]:
+    """By role; what the spec names to be trained whole, and what is inside that, is not meant."""
+    roles = TARGET_ROLES.get(str(spec.targets), frozenset())
+    found = {path: site for path, site in sites.items() if site.role in roles}
+    return {path: site for path, site in found.items() if not _is_within(spec.modules_to_save, path, *site.aliases)}
+
+
+def _is_within(names: Sequence[str], *paths: str) -> bool:
+    parts = [part for path in paths for part in accumulate(path.split("."), "{}.{}".format)]
+    return any(_is_called(name, part) for name in names for part in parts)
 
 
 def _by_regex(pattern: str, sites: Mapping[str, Site]) -> dict[str, Site]:

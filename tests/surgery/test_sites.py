@@ -31,3 +31,14 @@ def test_a_module_with_running_statistics_cannot_be_trained_whole():
     with pytest.raises(TargetError, match=r"'head'.*1\.running_mean"):
         Bank(model()).add("a", spec(("body",), modules_to_save=("head",)))
     Bank(model()).add("a", spec(("body",), modules_to_save=("head.0",)))
+
+
+def test_a_preset_leaves_out_what_is_trained_whole_and_a_name_does_not():
+    with Bank(headed()) as bank:
+        bank.add("a", spec("all-linear", modules_to_save=("head",)))
+        assert list(bank.adapter("a").sites) == ["body"]
+        assert list(bank.adapter("a").modules) == ["head"]
+        with pytest.raises(TargetError, match="holds targeted"):
+            bank.add("b", spec(("0",), modules_to_save=("head",)))
+    with pytest.raises(TargetError, match="match no layer"):
+        Bank(headed()).add("a", spec("all-linear", modules_to_save=("head", "body")))
