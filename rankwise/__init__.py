@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from rankwise.data.prepare import prepare
     from rankwise.data.split import split
     from rankwise.data.template import Template
+    from rankwise.engine.begin import Begun, begin
     from rankwise.engine.evaluate import Evaluation, evaluate
     from rankwise.engine.folder import held_folder
     from rankwise.engine.loop import Outcome, train
-    from rankwise.engine.run import Loop, Run
+    from rankwise.engine.run import Loop, Run, Start
     from rankwise.errors import RankwiseError, RankwiseWarning
     from rankwise.frozen.load import Base, load_base
     from rankwise.planning.plan import plan
@@ -28,6 +29,7 @@ _HOMES = {
     "Adapter": "adapters.adapter",
     "Bank": "surgery.bank",
     "Base": "frozen.load",
+    "Begun": "engine.begin",
     "Corpus": "data.corpus",
     "Evaluation": "engine.evaluate",
     "LoraSpec": "adapters.spec",
@@ -36,7 +38,9 @@ _HOMES = {
     "RankwiseError": "errors",
     "RankwiseWarning": "errors",
     "Run": "engine.run",
+    "Start": "engine.run",
     "Template": "data.template",
+    "begin": "engine.begin",
     "evaluate": "engine.evaluate",
     "held_folder": "engine.folder",
     "load_base": "frozen.load",
@@ -50,6 +54,7 @@ __all__ = [
     "Adapter",
     "Bank",
     "Base",
+    "Begun",
     "Corpus",
     "Evaluation",
     "Loop",
@@ -58,7 +63,9 @@ __all__ = [
     "RankwiseError",
     "RankwiseWarning",
     "Run",
+    "Start",
     "Template",
+    "begin",
     "evaluate",
     "held_folder",
     "load_base",

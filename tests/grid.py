@@ -15,6 +15,7 @@ SCALINGS = ("alpha/r", "alpha/sqrt(r)", "alpha")
 STORAGES = ("dense", "int8", "nf4")
 STARTS = ("kaiming", "gaussian")
 RESIDUAL_STARTS = ("pissa", "olora")
+DATA_STARTS = ("eva", "lora_ga")  # found in documents, by rankwise.begin
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -25,6 +26,11 @@ def spec(targets: tuple[str, ...] | str = "all-linear", **settings: object) -> L
 def trained(bank: Bank, name: str, chosen: LoraSpec, seed: int = 0, size: float = 0.3) -> None:
     """Adds an adapter whose every tensor has been moved away from its start."""
     bank.add(name, chosen, seed)
+    moved(bank, name, seed, size)
+
+
+def moved(bank: Bank, name: str, seed: int = 0, size: float = 0.3) -> None:
+    """Moves an adapter's every tensor away from where it is."""
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for _, parameter in bank.named_parameters(name):

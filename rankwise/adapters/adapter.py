@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,12 +60,22 @@ class Adapter:
     def parameter_count(self) -> int:
         return sum(tensor.numel() for _, tensor in self.tensors())
 
+    def start_digest(self) -> str | None:
+        """SHA-256 of what a residual start takes off, which training never changes; None where nothing is."""
+        buffers = {p: dict(factors.named_buffers()) for p, factors in self.sites.items()}
+        kept = [(f"{path}.{name}", own[name]) for path, own in buffers.items() for name in ("A0", "B0") if name in own]
+        return _hashed(hashlib.sha256(), kept) if kept else None
+
     def digest(self) -> str:
         """SHA-256 of names, scales, shapes and bytes, in whatever order: equal if and only if the adapters are."""
         sha = hashlib.sha256()
         for path, factors in sorted(self.sites.items()):
             sha.update(f"{path} {factors.scale!r}\n".encode())
-        for name, tensor in sorted(self.tensors(), key=itemgetter(0)):
-            sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            sha.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return sha.hexdigest()
+        return _hashed(sha, self.tensors())
+
+
+def _hashed(sha: Any, tensors: Iterable[tuple[str, Tensor]]) -> str:
+    for name, tensor in sorted(tensors, key=itemgetter(0)):
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        sha.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return str(sha.hexdigest())

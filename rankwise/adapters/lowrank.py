@@ -62,6 +62,7 @@ class LowRank(nn.Module):
         residual: bool = False,
     ) -> None:
         super().__init__()
+        A, B = A.contiguous(), B.contiguous()  # whatever a decomposition gave; moments must lie in memory as these do
         self.register_buffer("A0", A.clone() if residual else None)
         self.register_buffer("B0", B.clone() if residual else None)
         self.register_buffer("squares", None, persistent=False)

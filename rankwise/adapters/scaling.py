@@ -23,3 +23,12 @@ def effective_scale(rule: Scaling, alpha: float, rank: int) -> float:
     [2.0, 8.0, 32]
     """
     return _RULES[rule](alpha, rank)
+
+
+def alpha_for(rule: Scaling, alpha: float, rank: int, other: int) -> float:
+    """The alpha with which rank `other` has the factor that `rank` has with `alpha`.
+
+    >>> [alpha_for(rule, 32, 16, 4) for rule in ("alpha/r", "alpha/sqrt(r)", "alpha")]
+    [8.0, 16.0, 32.0]
+    """
+    return float(f"{effective_scale(rule, alpha, rank) / effective_scale(rule, 1, other):.14g}")  # 32 / 6 * 6 is 32

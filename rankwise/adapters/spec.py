@@ -52,7 +52,8 @@ def _readable_patterns(patterns: dict[str, Any]) -> dict[str, Any]:
 
 
 Form = Literal["lora", "dora"]
-Init = Literal["kaiming", "gaussian", "pissa", "olora", "loftq"]
+Init = Literal["kaiming", "gaussian", "pissa", "olora", "loftq", "eva", "lora_ga"]
+DATA_STARTS = ("eva", "lora_ga")  # those that `rankwise.begin` finds in documents
 Rank = Annotated[int, Field(ge=1)]
 Alpha = Annotated[float, Field(gt=0)]
 Targets = Annotated[str | tuple[str, ...], AfterValidator(readable_targets)]
@@ -72,7 +73,8 @@ class LoraSpec(Settings):
         dropout: probability with which an input element of the adapter branch is zeroed in training.
         init: how A starts, with B at zero, so that training starts at the base (for embeddings A and B swap roles);
             or, `pissa` and `olora`, A and B out of the weight, with the start taken off again: the base stays as it is;
-            or `loftq`: out of what holding the base in codes took away, so that training starts nearer to the dense.
+            or `loftq`: out of what holding the base in codes took away, so that training starts nearer to the dense;
+            or, `eva` and `lora_ga`, out of what documents do in the model, which `rankwise.begin` finds.
         rank_pattern, alpha_pattern: pattern → value for single sites.  A pattern is a regular expression that matches
             the whole path or its last parts; the first match wins, as in PEFT.
         modules_to_save: layers trained whole, as copies, and stored with the adapter.
@@ -111,6 +113,11 @@ class LoraSpec(Settings):
     def scale_at(self, path: str) -> float:
         """The effective factor s in W + s·B·A at a site."""
         return effective_scale(self.scaling, self.alpha_at(path), self.rank_at(path))
+
+
+def exactly(path: str) -> str:
+    """A pattern for one site: any parents may stand before a pattern, which `^` keeps out."""
+    return f"^{re.escape(path)}"
 
 
 def matching_pattern(patterns: dict[str, Any], path: str) -> str | None:

@@ -11,6 +11,10 @@ LoftQ (arXiv:2310.08659) with one step: B·A is the best of its rank for what ro
 training starts nearer to the base as it was; nothing is taken off, and the base in its codes stays as it is.
 PiSSA (arXiv:2404.02948): the R largest singular triplets, W ≈ s·B·A with B = U·√(S/s), A = √(S/s)·Vᵀ.
 OLoRA (arXiv:2406.01775): W = Q·R, B the first columns of Q, A the first rows of R.
+
+EVA (arXiv:2410.07170): the rows of A are the directions in which a layer's inputs vary most; B is zero.
+LoRA-GA (arXiv:2407.05000), residual: A is the right singular vectors 1 to R of the gradient of the loss by W, B the
+left ones R + 1 to 2R, both times O^¼/√γ.  The engine finds what these two are made of (`engine/look.py`).
 """
 
 from __future__ import annotations
@@ -24,7 +28,9 @@ from torch import Tensor
 from rankwise.adapters.lowrank import SiteShape
 from rankwise.errors import SpecError
 
-RESIDUAL_STARTS = ("pissa", "olora")
+WEIGHT_STARTS = ("pissa", "olora")
+RESIDUAL_STARTS = (*WEIGHT_STARTS, "lora_ga")
+_GAMMA = 16  # LoRA-GA's, as its authors' code has it
 
 
 def start(
@@ -95,6 +101,14 @@ def remainder_start(remainder: Remainder | None, rank: int, scale: float, path: 
             hint=f"load the base in int8 or nf4 with remainder_rank={rank}; a dense base has lost nothing",
         )
     return remainder.A[:rank] / scale**0.5, remainder.B[:, :rank] / scale**0.5
+
+
+def gradient_start(left: Tensor, right: Tensor, shape: SiteShape) -> tuple[Tensor, Tensor]:
+    """A and B of init `lora_ga`, float32, from the left singular vectors `[O, 2R]` and the right ones `[2R, I]`."""
+    rank = len(right) // 2
+    shape_A, shape_B = shape.factor_shapes(rank)
+    size = shape.outputs**0.25 / math.sqrt(_GAMMA)
+    return (size * right[:rank]).float().reshape(shape_A), (size * left[:, rank:]).float().reshape(shape_B)
 
 
 def _largest_triplets(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

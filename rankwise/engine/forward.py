@@ -53,6 +53,7 @@ class Forward:
     Attributes:
         layout: `packed` streams or padded `rows`, and `reason` why.
         fused: how many blocks run on compiled kernels.
+        own_logits: whether the model's own logits are taken, and not its hidden states through the head.
 
     Raises:
         ModelError: the model gives no logits over tokens, or none of the ways agrees with the model itself.
@@ -73,7 +74,7 @@ class Forward:
         self.fused = 0
         self.shaping = Shaping.of(self.model.config.get_text_config())
         # Some wrappers name no base of theirs, and are given back as their own: what comes out is logits already.
-        self._own_logits = self.model.base_model is self.model
+        self.own_logits = self.model.base_model is self.model
         self._held = ExitStack()
 
     def __enter__(self) -> Forward:
@@ -138,6 +139,20 @@ class Forward:
             ]
         return _per_document(torch.cat(parts), stream)
 
+    @torch.no_grad()
+    def look(self, corpus: Corpus, documents: Sequence[int] | np.ndarray, see: Callable[[Tensor, int], None]) -> Tensor:
+        """Forward through the base, for somebody who watches its layers; gives what its head takes, `[S, H]`.
+
+        `see` is told beforehand which rows `[S]` of their inputs, leading dimensions flattened, predict supervised
+        tokens, and how many rows there are.
+        """
+        runs = [(None, len(documents))]
+        stream = self._laid(corpus, documents, runs)
+        rows, of = self._places(stream)
+        see(torch.as_tensor(rows, device=self.model.device), of)
+        with self._routed(stream, runs, tick=0):
+            return self._supervised_hidden(stream)[0]
+
     def _laid(self, corpus: Corpus, documents: Sequence[int] | np.ndarray, runs: Runs) -> Stream:
         """Padded rows are whole documents; in a packed stream those of one adapter share how they begin."""
         return lay(corpus, documents, [count for _, count in runs] if self.layout == "packed" else None)
@@ -156,23 +171,28 @@ class Forward:
     def _supervised_hidden(self, stream: Stream) -> tuple[Tensor, Tensor]:
         """Hidden states `[S, H]` at the positions that predict supervised tokens, and those tokens `[S]`."""
         device = self.model.device
-        sources, tensors = stream.sources, _packed_inputs(stream)
-        if self.layout == "rows":
-            tensors, width = _row_inputs(stream)
-            sources = stream.owners * width + stream.positions[sources]
+        sources, _ = self._places(stream)
+        tensors = _packed_inputs(stream) if self.layout == "packed" else _row_inputs(stream)
         inputs = {name: torch.as_tensor(array, device=device) for name, array in tensors.items()}
         at, targets = torch.as_tensor(sources, device=device), torch.as_tensor(stream.targets, device=device)
-        if self._own_logits:
+        if self.own_logits:
             hidden = self.model(**inputs, use_cache=False).logits
         else:
             hidden = self.model.base_model(**inputs, use_cache=False)[0]
         return hidden.flatten(0, 1).index_select(0, at), targets
 
+    def _places(self, stream: Stream) -> tuple[np.ndarray, int]:
+        """Where the positions `[S]` that predict supervised tokens stand in a flattened input, and its length."""
+        if self.layout == "packed":
+            return stream.sources, stream.size
+        width = int(stream.lengths.max())
+        return stream.owners * width + stream.positions[stream.sources], width * len(stream.lengths)
+
     def _loss(
         self, hidden: Tensor, targets: Tensor, weights: Tensor, stream: Stream, runs: Runs
     ) -> tuple[Tensor, Tensor]:
         head = self.model.get_output_embeddings()
-        if not self._own_logits and not any(name in self._trainers(head) for name, _ in runs):
+        if not self.own_logits and not any(name in self._trainers(head) for name, _ in runs):
             return frozen_head_loss(hidden, getattr(head, "base", head), self.shaping, targets, weights)
         total, losses = hidden.new_zeros((), dtype=torch.float32), []
         for rows, logits in self._logit_runs(stream, runs):
@@ -188,7 +208,7 @@ class Forward:
             yield slice(int(start), int(stop)), self._logits_of(name)
 
     def _logits_of(self, name: str | None) -> Callable[[Tensor], Tensor]:
-        if self._own_logits:
+        if self.own_logits:
             return lambda logits: logits
         head = self.model.get_output_embeddings()
 
@@ -221,7 +241,7 @@ class Forward:
         """Padded rows with the model's own attention, and if need be its own logits."""
         if _agree(self._probed(want), want.logits):
             return
-        self._own_logits = True
+        self.own_logits = True
         if not _agree(self._probed(want), want.logits):
             raise ModelError(f"{type(self.model).__name__}: padded rows do not come out as they do alone")
 
@@ -285,14 +305,13 @@ def _packed_inputs(stream: Stream) -> dict[str, np.ndarray]:
     return {"input_ids": stream.tokens[None], "position_ids": stream.positions[None]}
 
 
-def _row_inputs(stream: Stream) -> tuple[dict[str, np.ndarray], int]:
-    """A row a document, padded on the right with token 0, which the mask hides; and the rows' width."""
+def _row_inputs(stream: Stream) -> dict[str, np.ndarray]:
+    """A row a document, padded on the right with token 0, which the mask hides."""
     lengths = stream.lengths
-    width = int(lengths.max())
-    mask = np.arange(width) < lengths[:, None]
+    mask = np.arange(lengths.max()) < lengths[:, None]
     tokens = np.zeros(mask.shape, dtype=np.int64)
     tokens[mask] = stream.tokens
-    return {"input_ids": tokens, "attention_mask": mask.astype(np.int64)}, width
+    return {"input_ids": tokens, "attention_mask": mask.astype(np.int64)}
 
 
 def _per_document(losses: Tensor, stream: Stream) -> Losses:

@@ -25,7 +25,7 @@ from rankwise.engine.forward import Forward
 from rankwise.engine.interrupt import Interrupt, Interrupted
 from rankwise.engine.run import Loop, Run
 from rankwise.engine.state import Checkpoint, check_same, newest_checkpoint, save_checkpoint
-from rankwise.engine.trainee import Trainee
+from rankwise.engine.trainee import Trainee, check_can_learn
 from rankwise.errors import DataError, RunFolderError, SpecError, TrainingError, listing
 from rankwise.planning.limits import MICRO_TOKENS
 from rankwise.surgery.bank import Bank
@@ -88,7 +88,9 @@ def train(
     """
     if not len(data):
         raise DataError("there is nothing to learn from: no documents")
-    _check_can_learn(bank, runs)
+    if not runs:
+        raise SpecError("no adapter to train: `runs` is empty", hint="name each adapter with its Run")
+    check_can_learn(bank)
     training = _Training(bank, runs, data, valid, loop or Loop(), out, observe)
     with training.forward, Interrupt() as interrupt:
         if resume:
@@ -101,17 +103,6 @@ def train(
             hint="lower the learning rate (a third is a good next try), or look at the rows named in the metrics",
         )
     return outcomes
-
-
-def _check_can_learn(bank: Bank, runs: Mapping[str, Run]) -> None:
-    if not runs:
-        raise SpecError("no adapter to train: `runs` is empty", hint="name each adapter with its Run")
-    if getattr(bank.model, "dtype", None) == torch.float16:
-        # Without loss scaling, of which there is none here, nearly all gradients of a step round to 0.
-        raise SpecError(
-            "a model in float16 is not trained: most of its gradients are too small for that format",
-            hint="load it in bfloat16 or float32; evaluating in float16 is allowed",
-        )
 
 
 class _Training:
@@ -365,6 +356,7 @@ class _Training:
             "adapters": {
                 name: {
                     "spec": self.bank.adapter(name).spec.model_dump(mode="json"),
+                    "start": self.bank.adapter(name).start_digest(),
                     "run": trainee.run.model_dump(mode="json"),
                 }
                 for name, trainee in self.trainees.items()

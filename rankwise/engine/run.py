@@ -46,6 +46,21 @@ class Run(Settings):
         return self.lr * (1 - done) if self.schedule == "linear" else self.lr
 
 
+class Start(Settings):
+    """How a start that is found in documents (init `eva`, `lora_ga`) looks at them.
+
+    Args:
+        documents: how many, the first that training will meet; `eva` looks at fewer where it is sure sooner.
+        rho: `eva` may give a layer so many times its rank, under the same total; 1 leaves every rank as it is.
+        micro_tokens, checkpointing: as in `Loop`.
+    """
+
+    documents: int = Field(default=128, ge=1)  # LoRA-GA's authors take 64 batches of 2
+    rho: float = Field(default=2.0, ge=1)  # EVA's authors
+    micro_tokens: int = Field(default=0, ge=0)
+    checkpointing: bool = False
+
+
 class Loop(Settings):
     """How the documents go by.
 

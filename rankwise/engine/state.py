@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there.
+"""Checkpoints, and the start they all go back to: whole or not there.
 
 A checkpoint is built in a folder beside, flushed to the disk, given a manifest with the size and SHA-256 of each file,
 and only then renamed into place.  Resuming takes the newest whose manifest holds true.
@@ -22,7 +22,7 @@ from torch import Tensor
 from rankwise.errors import RunFolderError, listing
 
 SCHEMA = 1
-_MANIFEST, _NUMBERS = "manifest.json", "state.json"
+_MANIFEST, _NUMBERS, _START = "manifest.json", "state.json", "start"
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def save_checkpoint(parent: Path, checkpoint: Checkpoint, keep: int) -> Path:
 
 def _write(place: Path, checkpoint: Checkpoint) -> None:
     beside = place.with_name(f".{place.name}.part")
-    for rest in place.parent.glob(".step-*.part"):  # of a run that was killed while it wrote
+    for rest in place.parent.glob(".*.part"):  # of a run that was killed while it wrote
         shutil.rmtree(rest, ignore_errors=True)
     try:
         beside.mkdir(parents=True)
@@ -94,6 +94,24 @@ def newest_checkpoint(parent: Path) -> tuple[Checkpoint, list[str]]:
         problems.append(problem)
     found = "; ".join(problems) or "there is none"
     raise RunFolderError(f"{parent}: no checkpoint to resume from: {found}", hint="begin again with another --out")
+
+
+def save_start(parent: Path, start: Checkpoint) -> None:
+    """Writes how a run began, once, beside its checkpoints.
+
+    Raises:
+        RunFolderError: the disk is full or broken.
+    """
+    _write(parent / _START, start)
+
+
+def read_start(parent: Path) -> tuple[Checkpoint | None, str | None]:
+    """How a run began, if that was kept and is whole; and what is wrong with it."""
+    place = parent / _START
+    if not place.exists():
+        return None, None
+    problem = _damage(place)
+    return (_read(place), None) if problem is None else (None, problem)
 
 
 def check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

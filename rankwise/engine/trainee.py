@@ -12,9 +12,24 @@ from torch import Tensor, nn
 
 from rankwise.engine.rates import rates
 from rankwise.engine.run import Run
+from rankwise.errors import SpecError
 from rankwise.surgery.bank import Bank
 
 _WINDOW = 10  # steps whose mean loss is compared with the first one's
+
+
+def check_can_learn(bank: Bank) -> None:
+    """That gradients mean something in a bank's model.
+
+    Raises:
+        SpecError: it is in float16.
+    """
+    if getattr(bank.model, "dtype", None) == torch.float16:
+        # Without loss scaling, of which there is none here, nearly all gradients of a step round to 0.
+        raise SpecError(
+            "a model in float16 is not trained: most of its gradients are too small for that format",
+            hint="load it in bfloat16 or float32; evaluating in float16 is allowed",
+        )
 
 
 @dataclass
@@ -150,7 +165,8 @@ class Trainee:
                 best[name] = tensor.to(self.parameters[name].device)
             else:
                 parameter = self.parameters[name]
-                own = tensor if tensor.dim() == 0 else tensor.to(parameter.device)
+                # Laid out as the parameter: torch's fused optimisers go through both in the order of the memory.
+                own = tensor if tensor.dim() == 0 else torch.empty_like(parameter).copy_(tensor)
                 self.optimiser.state[parameter][kind.removeprefix("optimiser.")] = own
         self.guard = Guard.of(numbers["guard"])
         if numbers["best"] is not None:

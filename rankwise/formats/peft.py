@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rankwise.adapters.adapter import Adapter
 from rankwise.adapters.lowrank import LowRank
-from rankwise.adapters.spec import LoraSpec
+from rankwise.adapters.spec import LoraSpec, exactly
 from rankwise.errors import AdapterFileError, listing
 from rankwise.formats.tensors import read_tensors, write_tensors, write_text
 
@@ -210,8 +210,8 @@ def _config(adapter: Adapter, modules: tuple[str, ...]) -> dict[str, Any]:
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": _plain(alpha),
-        "rank_pattern": {_exactly(p): r for p, r in ranks.items() if r != rank},
-        "alpha_pattern": {_exactly(p): _plain(a) for p, a in alphas.items() if a != alpha},
+        "rank_pattern": {exactly(p): r for p, r in ranks.items() if r != rank},
+        "alpha_pattern": {exactly(p): _plain(a) for p, a in alphas.items() if a != alpha},
         "target_modules": _targets(tuple(adapter.sites), modules),
         "modules_to_save": list(adapter.modules) or None,
         "lora_dropout": spec.dropout,
@@ -221,11 +221,6 @@ def _config(adapter: Adapter, modules: tuple[str, ...]) -> dict[str, Any]:
         "inference_mode": True,
         "init_lora_weights": True,
     }
-
-
-def _exactly(path: str) -> str:
-    """A pattern for one site: PEFT lets any parents stand before a pattern, which `^` keeps out."""
-    return f"^{re.escape(path)}"
 
 
 def _commonest(values: Mapping[str, Any], otherwise: Any) -> Any:

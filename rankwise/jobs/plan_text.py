@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
+from rankwise.adapters.adapter import Adapter
 from rankwise.data.template import Template
 from rankwise.frozen.load import Base
 from rankwise.jobs.documents import Documents
 from rankwise.jobs.request import TrainRequest
 from rankwise.planning.amounts import shown
 from rankwise.planning.memory import Memory
+from rankwise.reports.run import Start
+from rankwise.reports.start import started
 from rankwise.surgery.bank import Bank
 from rankwise.texts import plain
 
@@ -24,10 +26,10 @@ def plan_text(
     documents: Documents,
     template: Template,
     memory: Memory | None,
+    begun: Start | None,
 ) -> str:
     """Rich markup; trained tokens of the shown row are highlighted."""
     adapter = bank.adapter(bank.names[0])
-    kinds = Counter((path.rsplit(".", 1)[-1], f.rank, f.scale) for path, f in adapter.sites.items())
     trained = sum(parameter.numel() for _, parameter in bank.named_parameters(bank.names[0]))
     size = sum(parameter.numel() for parameter in base.model.parameters()) - trained
     lines = [
@@ -35,11 +37,9 @@ def plan_text(
         f"{str(base.precision.dtype).removeprefix('torch.')} ({base.precision.reason}), {base.device}",
         f"[bold]adapter[/bold]   {trained / 1e6:,.2f} M parameters "
         f"({trained / size:.2%} of the base), alpha {adapter.spec.alpha:g}, {adapter.spec.scaling}",
-        *(
-            f"            {count} × {leaf}: rank {rank}, effective scale {scale:.4g}"
-            for (leaf, rank, scale), count in kinds.items()
-        ),
+        *_layers(adapter),
         *(f"            {path}: trained whole" for path in adapter.modules),
+        *([f"[bold]start[/bold]     {plain(started(begun, len(adapter.sites)))}"] if begun is not None else []),
         *(f"[bold]{name:9}[/bold] {_counted(name, documents.facts)}" for name in documents.facts),
         *([_memory(memory)] if memory is not None else []),
         "[bold]settings[/bold]",
@@ -48,6 +48,19 @@ def plan_text(
         _row(documents, template),
     ]
     return "\n".join(lines)
+
+
+def _layers(adapter: Adapter) -> list[str]:
+    """Layers of one name and scale on one line, whatever ranks they have."""
+    kinds: dict[tuple[str, str], list[int]] = {}
+    for path, factors in adapter.sites.items():
+        kinds.setdefault((path.rsplit(".", 1)[-1], f"{factors.scale:.4g}"), []).append(factors.rank)
+    spans = {kind: (min(ranks), max(ranks)) for kind, ranks in kinds.items()}
+    return [
+        f"            {len(kinds[leaf, scale])} × {leaf}: rank {least if least == most else f'{least} to {most}'}, "
+        f"effective scale {scale}"
+        for (leaf, scale), (least, most) in spans.items()
+    ]
 
 
 def _memory(memory: Memory) -> str:

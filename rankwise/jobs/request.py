@@ -12,7 +12,17 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from rankwise.adapters.presets import SCENARIOS
 from rankwise.adapters.scaling import Scaling
-from rankwise.adapters.spec import AlphaPattern, Form, Init, LoraSpec, RankPattern, named_targets, readable_targets
+from rankwise.adapters.spec import (
+    DATA_STARTS,
+    AlphaPattern,
+    Form,
+    Init,
+    LoraSpec,
+    RankPattern,
+    named_targets,
+    readable_targets,
+)
+from rankwise.engine.run import Start
 from rankwise.errors import SpecError
 from rankwise.kernels.sizes import Storage
 from rankwise.settings import Settings
@@ -64,7 +74,8 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_by_commas)]
 
 _OF_SCENARIO = ("rank", "alpha", "targets")
 _OF_SPEC = ("rank", "form", "scaling", "dropout", "init", "rank_pattern", "alpha_pattern", "modules_to_save")
-_OF_ADAPTER = {"scenario", "alpha", "targets", *_OF_SPEC}  # what one that is trained further brings along
+_OF_START = {"init_documents": DATA_STARTS, "init_rho": ("eva",)}  # which starts read it
+_OF_ADAPTER = {"scenario", "alpha", "targets", *_OF_SPEC, *_OF_START}  # what one that is trained further brings along
 
 
 class TrainRequest(Settings):
@@ -93,7 +104,9 @@ class TrainRequest(Settings):
     form: Form = _default("lora", "LoRA; dora adds a magnitude for every output")
     scaling: Scaling = _default("alpha/r", "the original; alpha/sqrt(r) is rsLoRA's, for high ranks")
     dropout: float = _default(0.0, "data are seen about once; 0.05 to 0.1 helps when they are seen often", ge=0, lt=1)
-    init: Init = _default("kaiming", "as loralib and PEFT; the others begin with the weight's own directions")
+    init: Init = _default("kaiming", "as loralib and PEFT; the others begin with directions of the weight or the data")
+    init_documents: int = _default(128, "as LoRA-GA's authors; eva looks at fewer where it is sure sooner", ge=1)
+    init_rho: float = _default(2.0, "as EVA's authors: a layer may come to twice its rank, under the same total", ge=1)
     rank_pattern: Annotated[RankPattern, BeforeValidator(_pairs)] = _default({}, "one rank everywhere")
     alpha_pattern: Annotated[AlphaPattern, BeforeValidator(_pairs)] = _default({}, "one alpha everywhere")
     modules_to_save: Names = _default((), "nothing is trained whole")
@@ -140,12 +153,26 @@ class TrainRequest(Settings):
             raise ValueError(f"continue_from takes the adapter as it is; leave out {', '.join(clash)}")
         if self.init == "loftq" and self.storage == "dense":
             raise ValueError("init loftq begins with what rounding took away: it needs storage int8 or nf4")
+        unread = sorted(n for n, starts in _OF_START.items() if n in self.model_fields_set and self.init not in starts)
+        if unread:
+            raise ValueError(f"init {self.init} does not read {', '.join(unread)}; leave it out, or take another init")
+        if self.init == "eva" and self.rank_pattern and self.init_rho > 1:
+            raise ValueError("init eva gives out the ranks itself; leave out rank_pattern, or say init_rho 1")
         return self
 
     @property
     def spec(self) -> LoraSpec:
         values = {name: getattr(self, name) for name in _OF_SPEC}
         return LoraSpec(alpha=self._alpha, targets=named_targets(self.targets), **values)
+
+    @property
+    def start(self) -> Start:
+        return Start(
+            documents=self.init_documents,
+            rho=self.init_rho,
+            micro_tokens=self.micro_tokens,
+            checkpointing=self.checkpointing,
+        )
 
     @property
     def _alpha(self) -> float:

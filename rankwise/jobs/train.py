@@ -14,11 +14,13 @@ import json
 import signal
 import time
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rankwise.data.rows import is_file
 from rankwise.data.template import Template
+from rankwise.engine.begin import COMPUTED_STARTS, begin
 from rankwise.engine.evaluate import Evaluation
 from rankwise.engine.folder import RunFolder, held_folder
 from rankwise.engine.interrupt import Interrupted
@@ -39,6 +41,7 @@ from rankwise.jobs.watch import Advance, Watch
 from rankwise.reports.card import write_card
 from rankwise.reports.page import write_report
 from rankwise.reports.reader import read_run
+from rankwise.reports.run import Start
 from rankwise.reports.verdict import judge, stop
 from rankwise.surgery.bank import Bank
 from rankwise.texts import json_text
@@ -80,18 +83,21 @@ def _run(request: TrainRequest, folder: RunFolder, watch: Watch) -> dict[str, An
     template = Template(base.tokenizer, request.train_on)
     documents = read_documents(request, template, watch)
     with Bank(base.model) as bank:
+        begun: Start | None = None
         if request.continue_from is None:
-            bank.add(ADAPTER, request.spec, seed=request.seed)
+            begun = _begin(bank, request, documents, folder, watch)
         else:
             load_adapter(bank, ADAPTER, request.continue_from, base, template, force=request.force)
         memory = predicted_training(request, base, bank, documents.train)
-        watch.say(plan_text(request, base, bank, documents, template, memory))
+        watch.say(plan_text(request, base, bank, documents, template, memory, begun))
         began = time.monotonic()
         outcome = _train(bank, request, documents, folder, watch)
         facts = _facts(request, base, documents, template) | {
             "training": _training_facts(folder, outcome, time.monotonic() - began, len(documents.train.tokens))
             | {"predicted_memory_bytes": memory.peak if memory is not None else None}
         }
+        if begun is not None:
+            facts["start"] = asdict(begun)
         bank.save(ADAPTER, request.out, facts)
         if outcome.failed:
             warnings.warn(
@@ -112,6 +118,17 @@ def _loaded(request: TrainRequest) -> Base:
         storage=request.storage,
         remainder_rank=remainder,
     )
+
+
+def _begin(bank: Bank, request: TrainRequest, documents: Documents, folder: RunFolder, watch: Watch) -> Start | None:
+    """Adds the fresh adapter; what that took, where it is more than chance."""
+    settings: dict[str, Any] = {"seed": request.seed, "start": request.start, "out": folder}
+    if request.init not in COMPUTED_STARTS:
+        begin(bank, ADAPTER, request.spec, documents.train, **settings)
+        return None
+    with watch.stage(f"starting with {request.init}") as advance:
+        begun = begin(bank, ADAPTER, request.spec, documents.train, **settings, advance=advance)
+    return Start(**begun.record())
 
 
 def _train(bank: Bank, request: TrainRequest, documents: Documents, folder: RunFolder, watch: Watch) -> Outcome:

@@ -16,6 +16,7 @@ from rankwise.reports.paired import pair
 from rankwise.reports.reader import read_run
 from rankwise.reports.run import Evaluation, Record, Run, Sample, Setting, Split
 from rankwise.reports.sites import group_sites
+from rankwise.reports.start import started
 from rankwise.reports.verdict import judge, stop
 
 LONGEST_SAMPLE = 1_500
@@ -129,8 +130,10 @@ def _adapter(record: Record) -> str:
     spec = record.spec
     axes = f"Form {spec.form}, scaling {spec.scaling}, storage {record.base.storage}, init {spec.init}"
     parameters = numbers.counted(record.parameters, "parameter")
+    start = f" Start: {started(record.start, len(record.sites))}." if record.start is not None else ""
     table = _table(("where", "layers", "sites", "rank", "alpha", "scale"), rows)
-    return f"## The adapter\n\n{_escaped(f'{parameters}. {axes}, dropout {numbers.plain(spec.dropout)}.')}\n\n{table}"
+    said = _escaped(f"{parameters}. {axes}, dropout {numbers.plain(spec.dropout)}.{start}")
+    return f"## The adapter\n\n{said}\n\n{table}"
 
 
 def _training(record: Record) -> str:

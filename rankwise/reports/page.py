@@ -16,6 +16,7 @@ from rankwise.reports.reader import read_run
 from rankwise.reports.run import AdapterLoss, Evaluation, Run
 from rankwise.reports.series import training_losses
 from rankwise.reports.sites import group_sites
+from rankwise.reports.start import started
 from rankwise.reports.verdict import Kind, Verdict, judge, judge_adapter, stop
 
 # A model that never stops talking must not make a page that never stops loading.
@@ -73,6 +74,7 @@ def render(run: Run) -> str:
             rate=rate_plot(run),
             norm=norm_plot(run),
             sites=group_sites(run.record.sites),
+            start=started(run.record.start, len(run.record.sites)) if run.record.start else None,
         )
     )
 

@@ -110,6 +110,18 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Start:
+    """What it took to begin, where that was computed; the words are those of `engine/begin.py`."""
+
+    init: str
+    documents: NonNegativeInt
+    seconds: FiniteFloat
+    changed: NonNegativeInt
+    unsettled: NonNegativeInt
+    unreached: NonNegativeInt
+
+
+@dataclass(frozen=True)
 class Record:
     """rankwise.json.  An adapter saved outside a run has no facts: everything from `versions` on may be absent."""
 
@@ -126,6 +138,7 @@ class Record:
     data: Data | None = None
     template: Template | None = None
     training: Training | None = None
+    start: Start | None = None
     command: str | None = None
 
 

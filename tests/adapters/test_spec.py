@@ -1,7 +1,7 @@
 import pytest
 
-from rankwise.adapters.scaling import effective_scale
-from rankwise.adapters.spec import LoraSpec
+from rankwise.adapters.scaling import alpha_for, effective_scale
+from rankwise.adapters.spec import LoraSpec, exactly
 from rankwise.errors import SpecError
 
 
@@ -9,6 +9,20 @@ def test_the_three_scalings():
     assert effective_scale("alpha/r", 32, 16) == 2
     assert effective_scale("alpha/sqrt(r)", 32, 16) == 8
     assert effective_scale("alpha", 32, 16) == 32
+
+
+@pytest.mark.parametrize("rule", ["alpha/r", "alpha/sqrt(r)", "alpha"])
+def test_the_alpha_of_another_rank_keeps_the_scale(rule):
+    for rank in (1, 3, 16, 64):
+        for other in range(1, 129):
+            alpha = alpha_for(rule, 32, rank, other)
+            assert effective_scale(rule, alpha, other) == pytest.approx(effective_scale(rule, 32, rank), rel=1e-12)
+    assert [alpha_for("alpha/r", 32, 6, rank) for rank in (3, 6, 12)] == [16, 32, 64]
+
+
+def test_an_exact_pattern_means_one_path_and_no_other():
+    spec = LoraSpec(rank_pattern={exactly("layers.1.q"): 2})
+    assert [spec.rank_at(path) for path in ("layers.1.q", "m.layers.1.q", "layersx1.q")] == [2, 16, 16]
 
 
 def test_patterns_apply_per_site_and_the_first_match_wins():

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from rankwise.adapters.lowrank import SiteShape
-from rankwise.adapters.starts import start, weight_start
+from rankwise.adapters.starts import gradient_start, start, weight_start
 from rankwise.errors import SpecError
 
 
@@ -57,6 +57,14 @@ def test_olora_takes_the_first_columns_and_rows_of_qr():
     A, B = weight_start("olora", weight, 4, 2.5, "site")
     torch.testing.assert_close(B.t() @ B, torch.eye(4), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(B @ A[:, :4], weight[:, :4], rtol=1e-5, atol=1e-5)
+
+
+def test_lora_ga_takes_the_first_right_vectors_and_the_next_left_ones_at_the_authors_size():
+    """O is 16, and 16^¼/√16 is ½."""
+    left, right = torch.randn(16, 4, generator=generator()), torch.randn(4, 3 * 2 * 2, generator=generator())
+    A, B = gradient_start(left, right, SiteShape(16, 3, (2, 2)))
+    torch.testing.assert_close(A, right[:2].reshape(2, 3, 2, 2) / 2)
+    torch.testing.assert_close(B, left[:, 2:].reshape(16, 2, 1, 1) / 2)
 
 
 def test_a_rank_that_the_weight_does_not_have_is_refused():

@@ -115,6 +115,28 @@ def test_a_run_stopped_and_resumed_equals_one_that_was_not_to_the_bit(tmp_path, 
     assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
 
 
+def test_moments_come_back_in_the_layout_of_what_they_belong_to(tmp_path):
+    """Fused, AdamW goes through a weight and its moments in the order of the memory, whatever their strides."""
+    corpus, loop = random_corpus([7, 9, 5, 12, 3, 20]), Loop(batch_tokens=20, max_steps=6, save_every=2)
+
+    def heads(out, **settings):
+        model = tiny("llama")
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().t().contiguous().t())
+        with Bank(model) as bank, held_folder(out, resume=settings.get("resume", False)) as folder:
+            bank.add("a", spec(("q_proj",), modules_to_save=("lm_head",)))
+            train(bank, {"a": RUN}, corpus, loop=loop, out=folder, **settings)
+            return bank.adapter("a").digest()
+
+    def stop(event):
+        if event["kind"] == "step" and event["step"] == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    whole = heads(tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        heads(tmp_path / "cut", observe=stop)
+    assert heads(tmp_path / "cut", resume=True) == whole
+
+
 def test_a_run_stopped_during_validation_resumes_too(tmp_path):
     whole = long_run(tmp_path / "whole")
     corpus = random_corpus([7, 9, 5, 12, 3, 20] * 3)

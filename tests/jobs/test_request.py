@@ -28,7 +28,9 @@ EVERYTHING = {
     "form": "dora",
     "scaling": "alpha/sqrt(r)",
     "dropout": 0.05,
-    "init": "gaussian",
+    "init": "eva",
+    "init_documents": 40,
+    "init_rho": 1.0,
     "rank_pattern": {r"layers\.(1|2)\..*": 4, "v_proj": 2},
     "alpha_pattern": {"a=b": 0.5},
     "modules_to_save": ("lm_head", "norm"),
@@ -128,7 +130,9 @@ targets: q_proj, v_proj
 form: dora
 scaling: alpha/sqrt(r)
 dropout: 0.05
-init: gaussian
+init: eva
+init_documents: 40
+init-rho: 1
 rank-pattern: {'layers\.(1|2)\..*': 4, v_proj: 2}
 alpha_pattern: a=b=0.5
 modules_to_save: lm_head, norm

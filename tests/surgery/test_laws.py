@@ -5,11 +5,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rankwise.engine.begin import begin
 from rankwise.errors import BankError, RouteError
 from rankwise.frozen.coded import hold
 from rankwise.surgery.bank import Bank
-from tests.grid import DTYPES, FORMS, RESIDUAL_STARTS, SCALINGS, STARTS, STORAGES, relative, spec, state_of, trained
-from tests.models import ARCHITECTURES, output, tiny
+from tests.corpora import random_corpus
+from tests.grid import (
+    DATA_STARTS,
+    DTYPES,
+    FORMS,
+    RESIDUAL_STARTS,
+    SCALINGS,
+    STARTS,
+    STORAGES,
+    moved,
+    relative,
+    spec,
+    state_of,
+    trained,
+)
+from tests.models import ARCHITECTURES, CAUSAL, output, tiny
 
 EVERY = pytest.mark.parametrize("name", ARCHITECTURES)
 LOW = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -48,6 +63,63 @@ def test_a_residual_start_changes_nothing_but_roundings_and_never_the_base(name,
         assert torch.equal(output(model, inputs), before)
         assert all(factors.B.any() for factors in bank.adapter("fresh").sites.values())
     assert state_of(model) == state
+
+
+CAUSALLY = pytest.mark.parametrize("name", CAUSAL)
+WORDS = random_corpus([12, 9, 20, 15, 8, 11])
+
+
+@CAUSALLY
+@LOW
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("storage", STORAGES)
+@torch.no_grad()
+def test_an_eva_start_changes_no_bit(name, dtype, form, storage):
+    model, inputs = hold(tiny(name, dtype), storage).requires_grad_(False), ARCHITECTURES[name].inputs(3)
+    state, before = state_of(model), output(model, inputs)
+    with Bank(model) as bank:
+        begin(bank, "fresh", spec("all-linear", form=form, init="eva"), WORDS)
+        with bank.use("fresh"):
+            assert torch.equal(output(model, inputs), before)
+        assert all(factors.A.any() for factors in bank.adapter("fresh").sites.values())
+    assert state_of(model) == state
+
+
+@CAUSALLY
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_lora_ga_start_changes_nothing_but_roundings_and_never_the_base(name, form, storage):
+    model, inputs = hold(tiny(name), storage).requires_grad_(False), ARCHITECTURES[name].inputs(3)
+    state = state_of(model)
+    with torch.no_grad(), Bank(model) as bank:
+        before = output(model, inputs)
+        with torch.enable_grad():
+            begin(bank, "fresh", spec(ARCHITECTURES[name].targets, form=form, init="lora_ga", rank=2), WORDS)
+        with bank.use("fresh"):
+            assert relative(output(model, inputs), before) < 1e-5
+        assert torch.equal(output(model, inputs), before)
+        assert all(factors.B.any() for factors in bank.adapter("fresh").sites.values())
+    assert state_of(model) == state
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("start", DATA_STARTS)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_start_found_in_documents_is_saved_as_a_plain_adapter_of_the_base(name, form, start, tmp_path):
+    model, inputs = tiny(name), ARCHITECTURES[name].inputs(3)
+    with Bank(model) as bank:
+        begin(bank, "task", spec("all-linear", form=form, init=start, rank=2), WORDS)
+        moved(bank, "task")
+        with torch.no_grad(), bank.use("task"):
+            want = output(model, inputs)
+        with torch.no_grad():
+            assert relative(output(model, inputs), want) > 0.05
+        bank.save("task", tmp_path)
+        bank.load("again", tmp_path)
+        with torch.no_grad(), bank.use("again"):
+            torch.testing.assert_close(output(model, inputs), want, rtol=1e-5, atol=1e-5)
+        ranks = [factors.rank for factors in bank.adapter("again").sites.values()]
+        assert sum(ranks) == (2 if start == "eva" else 4) * len(ranks)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "unet"])

@@ -1,0 +1,23 @@
+"""Ranks given out over sites under one total.  Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+
+def ranks_by_share(shares: Mapping[str, Sequence[float]], total: int) -> dict[str, int]:
+    """The rank of each site: one each, and the rest of the total to the largest shares wherever they are (EVA).
+
+    Args:
+        shares: site → what each further rank there is worth, falling; as many as the site may have.
+        total: of all ranks; what no site may have is left over.
+
+    >>> ranks_by_share({"a": [0.9, 0.5, 0.1], "b": [0.4, 0.2, 0.1], "c": [0.3]}, 5)
+    {'a': 2, 'b': 2, 'c': 1}
+    """
+    ranks = dict.fromkeys(shares, 1)
+    further = [(share, path) for path, own in shares.items() for share in own[1:]]
+    further.sort(key=lambda one: -one[0])  # stable: equals in the sites' order
+    for _, path in further[: max(0, total - len(ranks))]:
+        ranks[path] += 1
+    return ranks
