@@ -10,11 +10,12 @@ from torch import nn
 from rankwise.adapters.spec import LoraSpec
 from rankwise.surgery.bank import Bank
 
-FORMS = ("lora", "dora")
+FORMS = ("lora", "dora", "adalora")
 SCALINGS = ("alpha/r", "alpha/sqrt(r)", "alpha")
 STORAGES = ("dense", "int8", "nf4")
 STARTS = ("kaiming", "gaussian")
 RESIDUAL_STARTS = ("pissa", "olora")
+RESIDUAL_FORMS = ("lora", "dora")  # the others have a start of their own
 DTYPES = (torch.float32, torch.bfloat16)
 
 

@@ -53,8 +53,9 @@ class Adapter:
                 yield f"{path}.{name}", tensor.detach()
 
     def plain(self) -> Adapter:
-        """The same in the tensors that every tool can read: residual starts are written out."""
-        return replace(self, sites={path: factors.plain() for path, factors in self.sites.items()})
+        """The same in the tensors that every tool can read: A and B of every site that has any rank left."""
+        plain = {path: factors.plain() for path, factors in self.sites.items()}
+        return replace(self, sites={path: factors for path, factors in plain.items() if factors.rank})
 
     def parameter_count(self) -> int:
         return sum(tensor.numel() for _, tensor in self.tensors())

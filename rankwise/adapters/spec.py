@@ -1,7 +1,7 @@
 """What is asked for: the four axes, the sites, the start.  Torch-free.
 
 axis      choices                                   the names people know
-form      lora · dora                               LoRA · DoRA
+form      lora · dora · adalora                     LoRA · DoRA · AdaLoRA
 scaling   alpha/r · alpha/sqrt(r) · alpha           LoRA · rsLoRA · direct
 storage   of the base: frozen/coded.py              QLoRA: nf4 and any form
 rates     of the run: engine/run.py                 LoRA+ (a ratio of 1 is AdamW)
@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from rankwise.adapters.presets import SCENARIOS, TARGET_ROLES
 from rankwise.adapters.scaling import Scaling, effective_scale
@@ -51,7 +51,7 @@ def _readable_patterns(patterns: dict[str, Any]) -> dict[str, Any]:
     return patterns
 
 
-Form = Literal["lora", "dora"]
+Form = Literal["lora", "dora", "adalora"]
 Init = Literal["kaiming", "gaussian", "pissa", "olora", "loftq"]
 Rank = Annotated[int, Field(ge=1)]
 Alpha = Annotated[float, Field(gt=0)]
@@ -64,7 +64,8 @@ class LoraSpec(Settings):
     """An adapter before it exists.
 
     Args:
-        rank: rows of A and columns of B at every site that `rank_pattern` does not name.
+        rank: rows of A and columns of B at every site that `rank_pattern` does not name; of form `adalora` before
+            pruning (`Run.pruning`), by which alpha is divided to the end.
         alpha: numerator of the scale at every site that `alpha_pattern` does not name.
         targets: a preset (`minimal`, `attention`, `mlp`, `all-linear`), a list of layer names (whole paths or their
             last parts), or a regular expression that matches whole paths.
@@ -91,6 +92,12 @@ class LoraSpec(Settings):
     rank_pattern: RankPattern = Field(default_factory=dict)
     alpha_pattern: AlphaPattern = Field(default_factory=dict)
     modules_to_save: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _combines(self) -> LoraSpec:
+        if self.form == "adalora" and self.init not in ("kaiming", "gaussian"):
+            raise ValueError(f"form adalora begins with Λ at zero, which leaves nothing of init {self.init}")
+        return self
 
     @classmethod
     def scenario(cls, name: str, **changes: Any) -> LoraSpec:

@@ -14,6 +14,7 @@ class Rate:
 
     AdamW's decay is multiplied by the group's own rate; `weight_decay` is divided by it, so that every group decays
     as at the run's rate.  Magnitudes are not decayed: their rest is the norm of the base's weight, not 0.
+    Λ of form `adalora` learns at the rate of A.
     """
 
     role: str
@@ -31,6 +32,7 @@ def rates(bank: Bank, name: str, run: Run) -> list[Rate]:
     for path in bank.adapter(name).sites:
         lookup = bank.sites[path].kind.lookup
         roles |= {f"{path}.A": "A", f"{path}.B": "embedding B" if lookup else "B", f"{path}.m": "m"}
+        roles[f"{path}.lam"] = "lam"
     found: dict[str, list[str]] = {}
     for parameter, _ in bank.named_parameters(name):
         found.setdefault(roles.get(parameter, "whole"), []).append(parameter)

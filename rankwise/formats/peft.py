@@ -24,12 +24,13 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _FROZEN = ".base_layer.weight"  # an embedding's own matrix, which PEFT stores along when the embedding is targeted
 _FACTOR = re.compile(
-    r"(?P<path>.+)\.(?:lora_(?P<linear>[AB])\.weight|lora_embedding_(?P<lookup>[AB])|lora_(?P<magnitude>m)agnitude_vector)"
+    r"(?P<path>.+)\.(?:lora_(?P<linear>[AB])\.weight|lora_embedding_(?P<lookup>[AB])|lora_(?P<magnitude>m)agnitude_vector"
+    r"|lora_(?P<triplet>[ABE]))"
 )
 
 # Keys that change what the stored tensors mean, with the values under which they change nothing.
 _MUST_BE: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
+    "peft_type": ("LORA", "ADALORA"),
     "bias": ("none",),
     "lora_bias": (False,),
     "use_qalora": (False,),
@@ -52,6 +53,8 @@ _KNOWN = _MUST_BE.keys() | {
     "fan_in_fan_out", "auto_mapping", "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights",
     "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "megatron_config",
     "megatron_core", "runtime_config",
+    # of ADALORA: how it was trained; its ranks are those of the tensors
+    "init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step",
 }
 # fmt: on
 # Starts that leave a changed base behind; every other value only says how the tensors once began.
@@ -68,14 +71,16 @@ def read_adapter(folder: Path) -> Adapter:
     config = _read_config(folder / CONFIG)
     stored = read_tensors(folder / WEIGHTS)
     factors, rest = _sorted_out(stored)
-    spec = _spec(config)
+    triplets = config["peft_type"] == "ADALORA"
+    spec = _spec_without_triplets(config, factors) if triplets else _spec(config)
     problems, sites = [], {}
     wanted = {"A", "B", "m"} if spec.form == "dora" else {"A", "B"}
     for path, pair in factors.items():
         if not wanted <= pair.keys():
             problems.append(f"{path}: has {', '.join(sorted(pair))} only, of {' and '.join(sorted(wanted))}")
         elif pair.keys() > wanted:
-            problems.append(f"{path}: has magnitudes, but use_dora is not set in the config")
+            more = "magnitudes, but use_dora is not set" if "m" in pair else "a diagonal, but peft_type is not ADALORA"
+            problems.append(f"{path}: has {more} in the config")
         elif pair["A"].shape[0] != pair["B"].shape[1]:
             problems.append(f"{path}: A has rank {pair['A'].shape[0]}, B rank {pair['B'].shape[1]}")
         elif pair["A"].shape[0] != spec.rank_at(path):
@@ -134,6 +139,24 @@ def _spec(config: Mapping[str, Any]) -> LoraSpec:
     )
 
 
+def _spec_without_triplets(config: Mapping[str, Any], factors: dict[str, dict[str, Tensor]]) -> LoraSpec:
+    """Of AdaLoRA's tensors, once the diagonal E has been taken into A and sites without rank have been left out.
+
+    What is left is a plain adapter whose scale is the same everywhere, whatever its ranks have become: PEFT divides by
+    the rank at the start.
+    """
+    for path in [path for path, found in factors.items() if found.keys() == {"A", "B", "E"}]:
+        found = factors[path]
+        found["A"] = found["A"] * found.pop("E").view(-1, 1)
+        if not len(found["A"]):
+            del factors[path]
+    ranks = {_exactly(path): len(found["A"]) for path, found in factors.items() if "A" in found}
+    like = {name: value for name, value in config.items() if name not in ("r", "rank_pattern", "alpha_pattern")}
+    spec = _spec(like | {"r": max(ranks.values(), default=1), "rank_pattern": ranks})
+    values = spec.model_dump() | {"scaling": "alpha", "alpha": spec.alpha / (config["init_r"] + 1e-5)}
+    return LoraSpec(**values)
+
+
 def _sorted_out(stored: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """Factors by site path, and the tensors that are none."""
     factors: dict[str, dict[str, Tensor]] = {}
@@ -142,7 +165,8 @@ def _sorted_out(stored: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tenso
         name = key.removeprefix(_PREFIX)
         match = _FACTOR.fullmatch(name)
         if match:
-            factors.setdefault(match["path"], {})[match["linear"] or match["lookup"] or match["magnitude"]] = tensor
+            part = match["linear"] or match["lookup"] or match["magnitude"] or match["triplet"]
+            factors.setdefault(match["path"], {})[part] = tensor
         else:
             rest[name] = tensor
     return factors, rest

@@ -6,7 +6,7 @@ import torch
 
 from rankwise.adapters.lowrank import LowRank, row_squares
 from rankwise.adapters.spec import LoraSpec
-from rankwise.adapters.starts import RESIDUAL_STARTS, remainder_start, start, weight_start
+from rankwise.adapters.starts import RESIDUAL_STARTS, remainder_start, start, triplet_start, weight_start
 from rankwise.surgery.sites import Site
 
 
@@ -18,6 +18,9 @@ def begun(spec: LoraSpec, site: Site, generator: torch.Generator) -> LowRank:
         SpecError: the start gives no factors of that rank for such a weight.
     """
     rank, scale = spec.rank_at(site.path), spec.scale_at(site.path)
+    if spec.form == "adalora":
+        A, B = triplet_start(spec.init, site.shape, rank, generator)
+        return LowRank(A, B, scale, spec.dropout, lam=torch.zeros(rank))
     residual = spec.init in RESIDUAL_STARTS
     if residual:
         A, B = weight_start(spec.init, site.kind.weight(site.module), rank, scale, site.path)
