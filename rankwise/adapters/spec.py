@@ -12,8 +12,9 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
+from rankwise.adapters.blocks import read_blocks
 from rankwise.adapters.presets import SCENARIOS, TARGET_ROLES
 from rankwise.adapters.scaling import Scaling, effective_scale
 from rankwise.errors import SpecError, nearest
@@ -45,6 +46,11 @@ def readable_targets(targets: str | tuple[str, ...]) -> str | tuple[str, ...]:
     return targets
 
 
+def readable_exclusions(exclude: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    """As `readable_targets`; none at all is fine too."""
+    return exclude if exclude == () else readable_targets(exclude)
+
+
 def _readable_patterns(patterns: dict[str, Any]) -> dict[str, Any]:
     for key in patterns:
         _compile(key)
@@ -56,6 +62,8 @@ Init = Literal["kaiming", "gaussian", "pissa", "olora"]
 Rank = Annotated[int, Field(ge=1)]
 Alpha = Annotated[float, Field(gt=0)]
 Targets = Annotated[str | tuple[str, ...], AfterValidator(readable_targets)]
+Exclusions = Annotated[str | tuple[str, ...], AfterValidator(readable_exclusions)]
+Blocks = Annotated[str, BeforeValidator(read_blocks)]
 RankPattern = Annotated[dict[str, Rank], AfterValidator(_readable_patterns)]
 AlphaPattern = Annotated[dict[str, Alpha], AfterValidator(_readable_patterns)]
 
@@ -68,6 +76,9 @@ class LoraSpec(Settings):
         alpha: numerator of the scale at every site that `alpha_pattern` does not name.
         targets: a preset (`minimal`, `attention`, `mlp`, `all-linear`), a list of layer names (whole paths or their
             last parts), or a regular expression that matches whole paths.
+        exclude: layers that are left out of these; said as `targets`.
+        layers: blocks, by number, outside which nothing is adapted but what `targets` name by a whole path
+            (`adapters/blocks.py`): a number, several, or text such as `0-11,20` or `16-`; kept as text.
         form, scaling, storage: three of the four axes; the fourth is a run's (`Run.lr_ratio`).
         dropout: probability with which an input element of the adapter branch is zeroed in training.
         init: how A starts, with B at zero, so that training starts at the base (for embeddings A and B swap roles);
@@ -83,6 +94,8 @@ class LoraSpec(Settings):
     rank: Rank = 16
     alpha: Alpha = 32
     targets: Targets = "all-linear"
+    exclude: Exclusions = ()
+    layers: Blocks = ""
     form: Form = "lora"
     scaling: Scaling = "alpha/r"
     storage: Literal["dense"] = "dense"

@@ -32,6 +32,8 @@ def train(
     targets: Annotated[
         str | None, _option("minimal, attention, mlp, all-linear, names with commas, or re:PATTERN [all-linear].")
     ] = None,
+    exclude: Annotated[str | None, _option("Layers left out of these; said alike [none].")] = None,
+    layers: Annotated[str | None, _option("Blocks by number, such as 0-11,20 or 16- [all].")] = None,
     scaling: Annotated[str | None, _option("alpha/r, alpha/sqrt(r) or alpha [alpha/r].")] = None,
     dropout: Annotated[float | None, _option("Dropout of the adapter's input [0].")] = None,
     form: Annotated[str | None, _option("lora or dora [lora].")] = None,

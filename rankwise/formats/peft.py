@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rankwise.adapters.adapter import Adapter
 from rankwise.adapters.lowrank import LowRank
+from rankwise.adapters.selection import is_within
 from rankwise.adapters.spec import LoraSpec
 from rankwise.errors import AdapterFileError, listing
 from rankwise.formats.tensors import read_tensors, write_tensors, write_text
@@ -68,7 +69,7 @@ def read_adapter(folder: Path) -> Adapter:
     config = _read_config(folder / CONFIG)
     stored = read_tensors(folder / WEIGHTS)
     factors, rest = _sorted_out(stored)
-    spec = _spec(config)
+    spec = _spec(config, tuple(factors))
     problems, sites = [], {}
     wanted = {"A", "B", "m"} if spec.form == "dora" else {"A", "B"}
     for path, pair in factors.items():
@@ -119,12 +120,12 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _spec(config: Mapping[str, Any]) -> LoraSpec:
-    targets = config.get("target_modules") or ".*"
+def _spec(config: Mapping[str, Any], paths: tuple[str, ...]) -> LoraSpec:
+    """`paths` are those that there are tensors for."""
     return LoraSpec(
         rank=config.get("r", 8),
         alpha=config.get("lora_alpha", 8),
-        targets=targets if isinstance(targets, str) else tuple(sorted(targets)),
+        **_choice(config, paths),
         form="dora" if config.get("use_dora") else "lora",
         scaling="alpha/sqrt(r)" if config.get("use_rslora") else "alpha/r",
         dropout=config.get("lora_dropout") or 0.0,
@@ -132,6 +133,18 @@ def _spec(config: Mapping[str, Any]) -> LoraSpec:
         alpha_pattern=config.get("alpha_pattern") or {},
         modules_to_save=tuple(config.get("modules_to_save") or ()),
     )
+
+
+def _choice(config: Mapping[str, Any], paths: tuple[str, ...]) -> dict[str, Any]:
+    """Which layers the config says were chosen, where that can be said here; else those that were."""
+    named = {name: config.get(f"{name}_modules") or () for name in ("target", "exclude")}
+    targets, exclude = (n if isinstance(n, str) else tuple(sorted(n)) for n in named.values())
+    layers = config.get("layers_to_transform")
+    found: dict[str, Any] = {"targets": targets or ".*", "exclude": exclude, "layers": "" if layers is None else layers}
+    # A pattern picks one stack of several.  And PEFT overlooks blocks that nothing stands above but their stack.
+    said = LoraSpec(**found)
+    strays = [path for path in paths if not is_within(said, path)]
+    return {"targets": paths} if strays or (said.layers and paths and config.get("layers_pattern")) else found
 
 
 def _sorted_out(stored: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:

@@ -12,7 +12,17 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from rankwise.adapters.presets import SCENARIOS
 from rankwise.adapters.scaling import Scaling
-from rankwise.adapters.spec import AlphaPattern, Form, Init, LoraSpec, RankPattern, named_targets, readable_targets
+from rankwise.adapters.spec import (
+    AlphaPattern,
+    Blocks,
+    Form,
+    Init,
+    LoraSpec,
+    RankPattern,
+    named_targets,
+    readable_exclusions,
+    readable_targets,
+)
 from rankwise.errors import SpecError
 from rankwise.settings import Settings
 
@@ -48,6 +58,11 @@ def _targets(value: str | tuple[str, ...]) -> str | tuple[str, ...]:
     return value if isinstance(value, str) and value.startswith("re:") else found
 
 
+def _exclusions(value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    found = readable_exclusions(named_targets(value))
+    return value if isinstance(value, str) and value.startswith("re:") else found
+
+
 def _at_home(value: Any) -> Any:
     """`~` as the home folder: a file or an option written `--data=~/x` never met a shell that would say so."""
     if isinstance(value, tuple):
@@ -62,8 +77,8 @@ Repeated = Annotated[tuple[str, ...], BeforeValidator(_one_or_many)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_by_commas)]
 
 _OF_SCENARIO = ("rank", "alpha", "targets")
-_OF_SPEC = ("rank", "form", "scaling", "dropout", "init", "rank_pattern", "alpha_pattern", "modules_to_save")
-_OF_ADAPTER = {"scenario", "alpha", "targets", *_OF_SPEC}  # what one that is trained further brings along
+_OF_SPEC = ("rank", "layers", "form", "scaling", "dropout", "init", "rank_pattern", "alpha_pattern", "modules_to_save")
+_OF_ADAPTER = {"scenario", "alpha", "targets", "exclude", *_OF_SPEC}  # what one that is trained further brings along
 
 
 class TrainRequest(Settings):
@@ -89,6 +104,8 @@ class TrainRequest(Settings):
     targets: Annotated[str | tuple[str, ...], AfterValidator(_targets)] = _default(
         "all-linear", "best quality in the guides; the q/v presets need less"
     )
+    exclude: Annotated[str | tuple[str, ...], AfterValidator(_exclusions)] = _default((), "no layer is left out")
+    layers: Blocks = _default("", "every block")
     form: Form = _default("lora", "LoRA; dora adds a magnitude for every output")
     scaling: Scaling = _default("alpha/r", "the original; alpha/sqrt(r) is rsLoRA's, for high ranks")
     dropout: float = _default(0.0, "data are seen about once; 0.05 to 0.1 helps when they are seen often", ge=0, lt=1)
@@ -141,7 +158,8 @@ class TrainRequest(Settings):
     @property
     def spec(self) -> LoraSpec:
         values = {name: getattr(self, name) for name in _OF_SPEC}
-        return LoraSpec(alpha=self._alpha, targets=named_targets(self.targets), **values)
+        named = {name: named_targets(getattr(self, name)) for name in ("targets", "exclude")}
+        return LoraSpec(alpha=self._alpha, **named, **values)
 
     @property
     def _alpha(self) -> float:

@@ -33,6 +33,8 @@ class Spec:
     storage: str
     dropout: FiniteFloat
     init: str
+    exclude: str | tuple[str, ...] = ()
+    layers: str = ""
     rank_pattern: dict[str, PositiveInt] = field(default_factory=dict)
     alpha_pattern: dict[str, FiniteFloat] = field(default_factory=dict)
     modules_to_save: tuple[str, ...] = ()
