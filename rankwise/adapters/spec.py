@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from rankwise.adapters.blocks import read_blocks
 from rankwise.adapters.presets import SCENARIOS, TARGET_ROLES
@@ -57,6 +57,13 @@ def _readable_patterns(patterns: dict[str, Any]) -> dict[str, Any]:
     return patterns
 
 
+def _each_once(ids: tuple[int, ...]) -> tuple[int, ...]:
+    twice = sorted({i for i in ids if ids.count(i) > 1})
+    if twice:
+        raise ValueError(f"{', '.join(map(str, twice))} more than once")
+    return ids
+
+
 Form = Literal["lora", "dora"]
 Init = Literal["kaiming", "gaussian", "pissa", "olora"]
 Rank = Annotated[int, Field(ge=1)]
@@ -66,6 +73,9 @@ Exclusions = Annotated[str | tuple[str, ...], AfterValidator(readable_exclusions
 Blocks = Annotated[str, BeforeValidator(read_blocks)]
 RankPattern = Annotated[dict[str, Rank], AfterValidator(_readable_patterns)]
 AlphaPattern = Annotated[dict[str, Alpha], AfterValidator(_readable_patterns)]
+
+
+TokenIds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], AfterValidator(_each_once)]
 
 
 class LoraSpec(Settings):
@@ -86,6 +96,9 @@ class LoraSpec(Settings):
         rank_pattern, alpha_pattern: pattern → value for single sites.  A pattern is a regular expression that matches
             the whole path or its last parts; the first match wins, as in PEFT.
         modules_to_save: layers trained whole, as copies, and stored with the adapter.
+        new_tokens: ids of tokens that the tokenizer has anew.  The adapter has rows of its own for them, in the
+            embedding and in a head that does not share its weight; they begin at the mean of the rows before them.
+        trained_tokens: ids of tokens that were there, whose rows in the same places are trained further.
 
     Raises:
         SpecError: lists every unknown name and impossible value.
@@ -104,6 +117,15 @@ class LoraSpec(Settings):
     rank_pattern: RankPattern = Field(default_factory=dict)
     alpha_pattern: AlphaPattern = Field(default_factory=dict)
     modules_to_save: tuple[str, ...] = ()
+    new_tokens: TokenIds = ()
+    trained_tokens: TokenIds = ()
+
+    @model_validator(mode="after")
+    def _tells_tokens_apart(self) -> LoraSpec:
+        both = sorted({*self.new_tokens} & {*self.trained_tokens})
+        if both:
+            raise ValueError(f"tokens {', '.join(map(str, both))} are in new_tokens and in trained_tokens")
+        return self
 
     @classmethod
     def scenario(cls, name: str, **changes: Any) -> LoraSpec:

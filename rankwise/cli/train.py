@@ -41,6 +41,7 @@ def train(
     rank_pattern: Annotated[list[str] | None, _option("Other ranks; may be repeated.", metavar="NAME=RANK")] = None,
     alpha_pattern: Annotated[list[str] | None, _option("Other alphas; may be repeated.", metavar="NAME=ALPHA")] = None,
     modules_to_save: Annotated[str | None, _option("Modules trained whole, with commas.")] = None,
+    add_tokens: Annotated[str | None, _option("New tokens with rows of their own, with commas.")] = None,
     lr: Annotated[float | None, _option("Peak learning rate [2e-4].")] = None,
     lr_ratio: Annotated[float | None, _option("LoRA+: B learns at so many times --lr [1].")] = None,
     schedule: Annotated[str | None, _option("linear, cosine or constant [linear].")] = None,

@@ -54,6 +54,15 @@ def load_base(name: str | Path, *, dtype: str = "auto", device: str = "auto") ->
     return Base(source, model.to(place).eval(), tokenizer, place, precision, stored)
 
 
+def read_tokenizer(folder: Path) -> Any:
+    """A tokenizer by itself, from a folder.  Code that comes with it is never run.
+
+    Raises:
+        ModelError: it cannot be read; says why.
+    """
+    return _read(str(folder), "tokenizer", AutoTokenizer)
+
+
 def read_config(name: str | Path) -> Any:
     """A model's config, by transformers' own class for it.  Code in a repository is never run.
 

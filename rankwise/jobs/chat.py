@@ -11,6 +11,7 @@ from rankwise.engine.generate import answer, stops_of
 from rankwise.errors import DataError
 from rankwise.frozen.load import load_base
 from rankwise.jobs.evaluate import load_adapter
+from rankwise.jobs.vocabulary import with_tokens_of
 from rankwise.jobs.watch import Watch
 from rankwise.surgery.bank import Bank
 
@@ -42,7 +43,8 @@ class Chat:
         force: bool = False,
     ) -> None:
         with watch.stage(f"loading {model}"):
-            self.base = load_base(model)
+            base = load_base(model)
+            self.base = with_tokens_of(base, [adapter] if adapter is not None else [], force=force)
             self.template = Template(self.base.tokenizer)
         if self.template.chat is None:
             raise DataError(f"{model} has no chat template", hint="chat with an instruct model")

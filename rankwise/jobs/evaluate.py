@@ -18,6 +18,7 @@ from rankwise.engine.evaluate import Evaluation, evaluate
 from rankwise.errors import AdapterMismatchError, DataError, SpecError, listing
 from rankwise.formats.record import read_record
 from rankwise.frozen.load import Base, load_base
+from rankwise.jobs.vocabulary import with_tokens_of
 from rankwise.jobs.watch import Advance, Watch
 from rankwise.surgery.bank import Bank
 
@@ -53,6 +54,7 @@ def run_evaluation(
     names = folder_names(adapters)
     with watch.stage(f"loading {model}"):
         base = load_base(model, dtype=dtype, device=device)
+    base = with_tokens_of(base, adapters, force=force)
     asked = _as_trained(adapters, reading)
     template = Template(base.tokenizer, asked["train_on"])
     with watch.stage("reading the documents") as advance:

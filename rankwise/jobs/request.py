@@ -63,6 +63,14 @@ def _exclusions(value: str | tuple[str, ...]) -> str | tuple[str, ...]:
     return value if isinstance(value, str) and value.startswith("re:") else found
 
 
+def _whole_tokens(texts: tuple[str, ...]) -> tuple[str, ...]:
+    """Texts of tokens that a command line can say, too."""
+    bad = [text for text in texts if not text.strip() or text != text.strip() or "," in text]
+    if bad or len(set(texts)) != len(texts):
+        raise ValueError("expected texts of tokens, each once, without commas in them or spaces around them")
+    return texts
+
+
 def _at_home(value: Any) -> Any:
     """`~` as the home folder: a file or an option written `--data=~/x` never met a shell that would say so."""
     if isinstance(value, tuple):
@@ -75,10 +83,12 @@ def _at_home(value: Any) -> Any:
 Place = Annotated[str | None, AfterValidator(_at_home)]
 Repeated = Annotated[tuple[str, ...], BeforeValidator(_one_or_many)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_by_commas)]
+NewTokens = Annotated[Names, AfterValidator(_whole_tokens)]
 
 _OF_SCENARIO = ("rank", "alpha", "targets")
 _OF_SPEC = ("rank", "layers", "form", "scaling", "dropout", "init", "rank_pattern", "alpha_pattern", "modules_to_save")
-_OF_ADAPTER = {"scenario", "alpha", "targets", "exclude", *_OF_SPEC}  # what one that is trained further brings along
+# What an adapter that is trained further brings along.
+_OF_ADAPTER = {"scenario", "alpha", "targets", "exclude", "add_tokens", *_OF_SPEC}
 
 
 class TrainRequest(Settings):
@@ -113,6 +123,7 @@ class TrainRequest(Settings):
     rank_pattern: Annotated[RankPattern, BeforeValidator(_pairs)] = _default({}, "one rank everywhere")
     alpha_pattern: Annotated[AlphaPattern, BeforeValidator(_pairs)] = _default({}, "one alpha everywhere")
     modules_to_save: Names = _default((), "nothing is trained whole")
+    add_tokens: NewTokens = _default((), "the tokenizer stays as it is")
 
     lr: float = _default(2e-4, "inside the guides' range for LoRA, 1e-4 to 5e-4", gt=0)
     lr_ratio: float = _default(1.0, "one rate for A and B; LoRA+ takes 2 to 16", gt=0)

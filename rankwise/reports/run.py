@@ -122,6 +122,8 @@ class Record:
     parameters: NonNegativeInt
     sites: dict[str, Site]
     modules: tuple[str, ...] = ()
+    tokens: dict[str, tuple[NonNegativeInt, ...]] = field(default_factory=dict)
+    new_tokens: dict[str, NonNegativeInt] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
     settings: tuple[Setting, ...] = ()

@@ -26,6 +26,7 @@ MISTAKES = {
     "no blocks": (f"{TRAIN} --layers=-4", "layers = '-4'", "counted from 0"),
     "left out but not there": (f"{TRAIN} --exclude q_porj", "exclude 'q_porj' matches no layer", "'q_proj'"),
     "all left out": (f"{TRAIN} --targets q_proj --exclude attention", "leave none of the targeted layers"),
+    "a token already": (f"{TRAIN} --add-tokens <|im_end|>", "'<|im_end|>' is one already", "→ leave them out"),
     "no config": (f"{TRAIN} --config none.yaml", "none.yaml: cannot be read"),
     "key of the config": (f"{TRAIN} --config {{world}}/typo.yaml", "'bath_tokens'", "did you mean 'batch_tokens'?"),
     "no data": ("train --model {world}/llama --data {world}/trian.jsonl --out {new}", "did you mean 'train.jsonl'?"),

@@ -31,6 +31,14 @@ def test_every_tensor_is_in_exactly_one_group():
         )
 
 
+def test_rows_of_tokens_learn_at_the_run_s_rate_and_are_not_drawn_to_zero():
+    with Bank(tiny("llama")) as bank:
+        bank.add("a", spec(("q_proj",), new_tokens=(97, 98)))
+        (own,) = [rate for rate in rates(bank, "a", Run(lr_ratio=16, weight_decay=0.1)) if rate.role == "token rows"]
+        assert (own.factor, own.weight_decay) == (1, 0)
+        assert own.names == ("model.embed_tokens.rows", "lm_head.rows")
+
+
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_a_ratio_of_one_is_adamw_to_the_bit(decay):
     with bank_of("lora") as bank:

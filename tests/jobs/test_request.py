@@ -34,6 +34,7 @@ EVERYTHING = {
     "rank_pattern": {r"layers\.(1|2)\..*": 4, "v_proj": 2},
     "alpha_pattern": {"a=b": 0.5},
     "modules_to_save": ("lm_head", "norm"),
+    "add_tokens": ("<tool>", "it's"),
     "lr": 5e-5,
     "lr_ratio": 4.0,
     "schedule": "cosine",
@@ -135,6 +136,7 @@ init: gaussian
 rank-pattern: {'layers\.(1|2)\..*': 4, v_proj: 2}
 alpha_pattern: a=b=0.5
 modules_to_save: lm_head, norm
+add_tokens: [<tool>, it's]
 lr: 5e-5
 lr_ratio: 4
 schedule: cosine

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from rankwise.errors import BankError, RouteError
 from rankwise.surgery.bank import Bank
 from tests.grid import DTYPES, FORMS, RESIDUAL_STARTS, SCALINGS, STARTS, STORAGES, relative, spec, state_of, trained
-from tests.models import ARCHITECTURES, output, tiny
+from tests.models import ARCHITECTURES, VOCAB, output, tiny
 
 EVERY = pytest.mark.parametrize("name", ARCHITECTURES)
 LOW = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -192,9 +192,15 @@ def test_undo_is_exact_in_any_order(name, steps):
     assert state_of(model) == before
 
 
+# Of the adapters a0 … a3 two have rows of tokens, where the model has an embedding that is no target.
+TOKENS = {"a2": {"trained_tokens": (7, 3)}, "a3": {"new_tokens": (VOCAB, VOCAB + 1), "trained_tokens": (5,)}}
+
+
 def _operate(bank: Bank, what: str, own: str, inputs: dict[str, torch.Tensor], targets: tuple[str, ...]) -> None:
     if what == "add":
-        trained(bank, own, spec(targets, rank=1 + int(own[1:])), seed=int(own[1:]))
+        tokens = TOKENS.get(own, {}) if bank.vocabulary.embedding is not None else {}
+        chosen = targets[:1] if tokens else targets
+        trained(bank, own, spec(chosen, rank=1 + int(own[1:]), **tokens), seed=int(own[1:]))
     elif what == "use":
         with bank.use(own):
             output(bank.model, inputs)
