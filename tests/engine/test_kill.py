@@ -31,7 +31,7 @@ RUNS = {"a": Run(lr=5e-3), "b": Run(lr=1e-3, schedule="constant"), "c": Run(lr=2
 def run(out, keep):
     loop, resume = Loop(batch_tokens=40, epochs=2, evaluate_every=3, save_every=1, keep=keep), RunFolder(out).begun
     with held_folder(out, resume=resume) as folder, Bank(tiny("llama")) as bank:
-        bank.add("a", spec("all-linear", dropout=0.2, modules_to_save=("norm",)))
+        bank.add("a", spec("all-linear", dropout=0.2, modules_to_save=("norm",), new_tokens=(97, 98)))
         bank.add("b", spec("minimal", rank=1))
         bank.add("c", spec("attention", form="adalora", rank=5))
         train(bank, RUNS, CORPUS, valid=VALID, loop=loop, out=folder, resume=resume)

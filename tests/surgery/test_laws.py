@@ -21,7 +21,7 @@ from tests.grid import (
     state_of,
     trained,
 )
-from tests.models import ARCHITECTURES, output, tiny
+from tests.models import ARCHITECTURES, VOCAB, output, tiny
 
 EVERY = pytest.mark.parametrize("name", ARCHITECTURES)
 LOW = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -223,9 +223,15 @@ def test_undo_is_exact_in_any_order(name, storage, steps):
     assert state_of(model) == before
 
 
+# Of the adapters a0 … a3 two have rows of tokens, where the model has an embedding that is no target.
+TOKENS = {"a2": {"trained_tokens": (7, 3)}, "a3": {"new_tokens": (VOCAB, VOCAB + 1), "trained_tokens": (5,)}}
+
+
 def _operate(bank: Bank, what: str, own: str, inputs: dict[str, torch.Tensor], targets: tuple[str, ...]) -> None:
     if what == "add":
-        trained(bank, own, spec(targets, rank=1 + int(own[1:])), seed=int(own[1:]))
+        tokens = TOKENS.get(own, {}) if bank.vocabulary.embedding is not None else {}
+        chosen = targets[:1] if tokens else targets
+        trained(bank, own, spec(chosen, rank=1 + int(own[1:]), **tokens), seed=int(own[1:]))
     elif what == "use":
         with bank.use(own):
             output(bank.model, inputs)
