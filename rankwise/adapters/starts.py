@@ -43,9 +43,25 @@ def start(
     if init == "gaussian":
         A = torch.randn(shape_A, generator=generator) / rank
     else:
-        bound = 1 / math.sqrt(torch.Size(shape_A[1:]).numel())
+        bound = 1 / math.sqrt(shape.width)
         A = torch.empty(shape_A).uniform_(-bound, bound, generator=generator)
     return A, torch.zeros(shape_B)
+
+
+def triplet_start(init: str, shape: SiteShape, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A and B of form `adalora`, neither of them zero: Λ is.
+
+    Kaiming: rows of A and columns of B uniform, of expected norm 1/√3.  Gaussian: both normal with deviation 0.02, as
+    the paper's implementation.
+    """
+    found = []
+    for size, fan in zip(shape.factor_shapes(rank), (shape.width, shape.outputs), strict=True):
+        drawn = torch.empty(size)
+        if init == "gaussian":
+            found.append(drawn.normal_(std=0.02, generator=generator))
+        else:
+            found.append(drawn.uniform_(-(fan**-0.5), fan**-0.5, generator=generator))
+    return found[0], found[1]
 
 
 def weight_start(init: str, weight: Tensor, rank: int, scale: float, path: str) -> tuple[Tensor, Tensor]:

@@ -134,5 +134,6 @@ def _taken_up(bank: Bank, name: str, seed: int, identity: dict[str, Any], out: R
     spec, factors = LoraSpec(**kept.numbers["spec"]), kept.tensors["factors"]
     paths = dict.fromkeys(key.rpartition(".")[0] for key in factors)
     sites = {path: made(spec, bank.sites[path], factors[f"{path}.A"], factors[f"{path}.B"]) for path in paths}
-    bank.put(name, Adapter(spec, sites, whole_modules(spec, bank.sites, bank.modules)), seed)
+    whole = whole_modules(spec, bank.sites, bank.modules)
+    bank.put(name, Adapter(spec, sites, whole, tokens=bank.vocabulary.begun(spec)), seed)
     return Begun(**kept.numbers["begun"])

@@ -24,13 +24,14 @@ from rankwise.data.corpus import Corpus
 from rankwise.data.stream import LEAST_SHARED, Stream, lay
 from rankwise.engine.attention import UnpackableError, packed, streaming
 from rankwise.engine.blocks import fused_blocks
-from rankwise.engine.head import Shaping, frozen_head_loss, measured_losses, trained_head_loss
+from rankwise.engine.head import Head, Shaping, frozen_head_loss, measured_losses, trained_head_loss
 from rankwise.errors import ModelError, RankwiseWarning
 from rankwise.kernels.attention import Spans
 from rankwise.kernels.library import reclaim_memory_lazily
 from rankwise.surgery.bank import Bank
 from rankwise.surgery.layer import AdaptedLayer, Stand
 from rankwise.surgery.routing import Route, Router
+from rankwise.surgery.tokens import TokenHead
 
 Runs = Sequence[tuple[str | None, int]]  # adapter (None: the base) and how many documents it takes, in order
 
@@ -134,19 +135,21 @@ class Forward:
         with self._routed(stream, runs, tick=0):
             hidden, targets = self._supervised_hidden(stream)
             parts = [
-                measured_losses(hidden[rows], logits, self._classes, targets[rows])
-                for rows, logits in self._logit_runs(stream, runs)
+                measured_losses(hidden[rows], self._logits_of(name), self._classes, targets[rows])
+                for rows, name in _supervised_runs(stream, runs)
             ]
         return _per_document(torch.cat(parts), stream)
 
     @torch.no_grad()
-    def look(self, corpus: Corpus, documents: Sequence[int] | np.ndarray, see: Callable[[Tensor, int], None]) -> Tensor:
-        """Forward through the base, for somebody who watches its layers; gives what its head takes, `[S, H]`.
+    def look(
+        self, corpus: Corpus, documents: Sequence[int] | np.ndarray, name: str, see: Callable[[Tensor, int], None]
+    ) -> Tensor:
+        """Forward through one adapter, for somebody who watches the layers; gives what the head takes, `[S, H]`.
 
         `see` is told beforehand which rows `[S]` of their inputs, leading dimensions flattened, predict supervised
         tokens, and how many rows there are.
         """
-        runs = [(None, len(documents))]
+        runs = [(name, len(documents))]
         stream = self._laid(corpus, documents, runs)
         rows, of = self._places(stream)
         see(torch.as_tensor(rows, device=self.model.device), of)
@@ -192,25 +195,27 @@ class Forward:
         self, hidden: Tensor, targets: Tensor, weights: Tensor, stream: Stream, runs: Runs
     ) -> tuple[Tensor, Tensor]:
         head = self.model.get_output_embeddings()
-        if not self.own_logits and not any(name in self._trainers(head) for name, _ in runs):
+        with_words = isinstance(head, TokenHead) and not self.own_logits
+        if not self.own_logits and not with_words and not any(name in self._trainers(head) for name, _ in runs):
             return frozen_head_loss(hidden, getattr(head, "base", head), self.shaping, targets, weights)
         total, losses = hidden.new_zeros((), dtype=torch.float32), []
-        for rows, logits in self._logit_runs(stream, runs):
-            loss, each = trained_head_loss(hidden[rows], logits, self._classes, targets[rows], weights[rows])
+        for rows, name in _supervised_runs(stream, runs):
+            own = hidden[rows], targets[rows], weights[rows]
+            if with_words:
+                loss, each = frozen_head_loss(own[0], head.base, self.shaping, *own[1:], head.words(name))
+            else:
+                loss, each = trained_head_loss(own[0], self._logits_of(name), self._classes, *own[1:])
             total = total + loss
             losses.append(each)
         return total, torch.cat(losses)
-
-    def _logit_runs(self, stream: Stream, runs: Runs) -> Iterator[tuple[slice, Callable[[Tensor], Tensor]]]:
-        """The supervised tokens of each run of documents, and the way from their hidden states to logits."""
-        borders = np.searchsorted(stream.owners, np.cumsum([0, *(count for _, count in runs)]))
-        for (name, _), start, stop in zip(runs, borders[:-1], borders[1:], strict=True):
-            yield slice(int(start), int(stop)), self._logits_of(name)
 
     def _logits_of(self, name: str | None) -> Callable[[Tensor], Tensor]:
         if self.own_logits:
             return lambda logits: logits
         head = self.model.get_output_embeddings()
+        if isinstance(head, TokenHead):
+            own = Head(head.base.weight, head.base.bias, head.words(name))
+            return lambda hidden: self.shaping(own.logits(hidden, hidden.new_empty(len(hidden), own.classes)))
 
         def through(hidden: Tensor) -> Tensor:
             # The tick stays that of the pass: a block that is computed again must draw the same dropout masks.
@@ -312,6 +317,13 @@ def _row_inputs(stream: Stream) -> dict[str, np.ndarray]:
     tokens = np.zeros(mask.shape, dtype=np.int64)
     tokens[mask] = stream.tokens
     return {"input_ids": tokens, "attention_mask": mask.astype(np.int64)}
+
+
+def _supervised_runs(stream: Stream, runs: Runs) -> Iterator[tuple[slice, str | None]]:
+    """The supervised tokens of each run of documents, and its adapter."""
+    borders = np.searchsorted(stream.owners, np.cumsum([0, *(count for _, count in runs)]))
+    for (name, _), start, stop in zip(runs, borders[:-1], borders[1:], strict=True):
+        yield slice(int(start), int(stop)), name
 
 
 def _per_document(losses: Tensor, stream: Stream) -> Losses:

@@ -54,7 +54,7 @@ class Look:
 
     Raises:
         DataError: no documents, or nothing supervised in those that are looked at.
-        TargetError: the spec's targets or patterns match nothing.
+        TargetError: the spec's targets or patterns match nothing, or its tokens do not fit.
     """
 
     def __init__(
@@ -73,6 +73,7 @@ class Look:
             raise DataError("there is nothing to look at: no documents")
         self.sites = {site.path: site for site in choose_sites(spec, bank.sites, tuple(bank.modules))}
         self.modules = whole_modules(spec, bank.sites, bank.modules)
+        self.tokens = bank.vocabulary.begun(spec)
         lengths = corpus.lengths()
         self.documents = Order(lengths, seed, 1, start.documents).epoch(0)[0]
         self.supervised = int(corpus.supervised_counts()[self.documents].sum())
@@ -95,7 +96,7 @@ class Look:
         ranks = {path: self.spec.rank_at(path) for path in self.sites}
         asked = {path: (rank, self._most(rank, self.sites[path])) for path, rank in ranks.items()}
         with self._probing(dict.fromkeys(self.sites, 1)) as forward:
-            found = most_varying(forward, asked, self.corpus, self.batches, self.seed, self.advance)
+            found = most_varying(forward, self.name, asked, self.corpus, self.batches, self.seed, self.advance)
         given = {path: len(found.directions.get(path, ())) or rank for path, rank in ranks.items()}
         spec = self._given(given)
         factors = {}
@@ -176,13 +177,16 @@ class Look:
 
     @contextmanager
     def _probing(self, ranks: Mapping[str, int]) -> Iterator[Forward]:
-        """The engine's hold on the model with a probe in every site: A drawn, orthonormal rows, and B zero."""
+        """The engine's hold on the model with a probe in every site: A drawn, orthonormal rows, and B zero.
+
+        It has the rows of tokens too, without which the model may not know all that is in the documents.
+        """
         probes = {}
         for path, site in self.sites.items():
             shape_A, shape_B = site.shape.factor_shapes(ranks[path])
             rows = random_directions(ranks[path], _sides(site)[1], self._chance(path))
             probes[path] = LowRank(rows.reshape(shape_A), torch.zeros(shape_B), 1.0)
-        self.bank.put(self.name, Adapter(LoraSpec(targets=self.spec.targets), probes))
+        self.bank.put(self.name, Adapter(LoraSpec(targets=self.spec.targets), probes, tokens=self.tokens))
         try:
             with Forward(self.bank, checkpointing=self.start.checkpointing) as forward:
                 yield forward
@@ -202,7 +206,7 @@ class Look:
             path: made(spec, site, *(found.get(path) or drawn(spec, site, chance[path])))
             for path, site in self.sites.items()
         }
-        adapter = Adapter(spec, sites, self.modules)
+        adapter = Adapter(spec, sites, self.modules, tokens=self.tokens)
         return Found(adapter, documents, changed, unsettled, len(self.sites) - len(found))
 
     def _chance(self, path: str) -> torch.Generator:

@@ -42,6 +42,7 @@ class Varying:
 
 def most_varying(
     forward: Forward,
+    probe: str,
     ranks: Mapping[str, tuple[int, int]],
     corpus: Corpus,
     batches: Sequence[np.ndarray],
@@ -51,7 +52,8 @@ def most_varying(
     """Goes through documents until the directions that the ranks need have settled, or there are no more.
 
     Args:
-        forward: holds the bank whose model is looked at.
+        forward: holds the bank of the probe.
+        probe: an adapter that changes nothing in the layers looked at.
         ranks: path of a layer → the rank that counts towards the total, and the most that it may come to.
         corpus, batches: documents, and which of them go through the model at once.
         seed: of the search.
@@ -61,7 +63,7 @@ def most_varying(
         SpecError: a layer is not given every token.
         TrainingError: an input is not finite.
     """
-    inputs = _Inputs(forward, ranks, seed)
+    inputs = _Inputs(forward, probe, ranks, seed)
     seen = 0
     with inputs:
         for number, batch in enumerate(batches):
@@ -77,8 +79,8 @@ def most_varying(
 class _Inputs:
     """The inputs of layers, each taken in once however many layers share it, for the length of a `with`."""
 
-    def __init__(self, forward: Forward, ranks: Mapping[str, tuple[int, int]], seed: int) -> None:
-        self.forward, self.asked, self.seed = forward, ranks, seed
+    def __init__(self, forward: Forward, probe: str, ranks: Mapping[str, tuple[int, int]], seed: int) -> None:
+        self.forward, self.probe, self.asked, self.seed = forward, probe, ranks, seed
         self.leaders: dict[str, str] = {}  # path → the first layer that is given the same input
         self.principals: dict[str, Principal] = {}  # by leader
         self.settled: set[str] = set()
@@ -101,7 +103,7 @@ class _Inputs:
         def see(rows: Tensor, of: int) -> None:
             self._rows, self._of = rows, of
 
-        hidden = self.forward.look(corpus, documents, see)
+        hidden = self.forward.look(corpus, documents, self.probe, see)
         self._last = None
         head = self._head()
         if head is not None and self.leaders.setdefault(head, head) not in self.settled:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -134,3 +134,15 @@ def codable(model: nn.Module) -> list[str]:
 def place(model: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, leaf = path.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
+
+
+def storage_of(model: nn.Module) -> Storage:
+    """How a model's linear layers are held."""
+    codes: Iterator[Storage] = (module.code for module in model.modules() if isinstance(module, CodedLinear))
+    return next(codes, "dense")
+
+
+def parameters_of(model: nn.Module) -> dict[str, Tensor | Sample]:
+    """A model's parameters by name; of weights in codes, what the fingerprint takes of them as they were."""
+    coded = {f"{path}.weight": m.sample for path, m in model.named_modules() if isinstance(m, CodedLinear)}
+    return {**dict(model.named_parameters()), **coded}

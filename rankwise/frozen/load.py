@@ -68,6 +68,15 @@ def load_base(
     return Base(source, model.to(place).eval(), tokenizer, place, precision, stored, storage)
 
 
+def read_tokenizer(folder: Path) -> Any:
+    """A tokenizer by itself, from a folder.  Code that comes with it is never run.
+
+    Raises:
+        ModelError: it cannot be read; says why.
+    """
+    return _read(str(folder), "tokenizer", AutoTokenizer)
+
+
 def read_config(name: str | Path) -> Any:
     """A model's config, by transformers' own class for it.  Code in a repository is never run.
 

@@ -11,6 +11,7 @@ from rankwise.engine.generate import answer, stops_of
 from rankwise.errors import DataError
 from rankwise.frozen.load import load_base
 from rankwise.jobs.evaluate import as_trained, load_adapter
+from rankwise.jobs.vocabulary import with_tokens_of
 from rankwise.jobs.watch import Watch
 from rankwise.surgery.bank import Bank
 
@@ -44,8 +45,9 @@ class Chat:
         force: bool = False,
     ) -> None:
         with watch.stage(f"loading {model}"):
-            asked = as_trained([] if adapter is None else [adapter], {"storage": storage})
-            self.base = load_base(model, storage=asked["storage"])
+            adapters = [adapter] if adapter is not None else []
+            base = load_base(model, storage=as_trained(adapters, {"storage": storage})["storage"])
+            self.base = with_tokens_of(base, adapters, force=force)
             self.template = Template(self.base.tokenizer)
         if self.template.chat is None:
             raise DataError(f"{model} has no chat template", hint="chat with an instruct model")

@@ -18,6 +18,7 @@ from rankwise.engine.evaluate import Evaluation, evaluate
 from rankwise.errors import AdapterMismatchError, DataError, SpecError, listing
 from rankwise.formats.record import read_record
 from rankwise.frozen.load import Base, load_base
+from rankwise.jobs.vocabulary import with_tokens_of
 from rankwise.jobs.watch import Advance, Watch
 from rankwise.kernels.sizes import Storage
 from rankwise.surgery.bank import Bank
@@ -55,6 +56,7 @@ def run_evaluation(
     asked = as_trained(adapters, reading)
     with watch.stage(f"loading {model}"):
         base = load_base(model, dtype=dtype, device=device, storage=asked["storage"])
+    base = with_tokens_of(base, adapters, force=force)
     template = Template(base.tokenizer, asked["train_on"])
     with watch.stage("reading the documents") as advance:
         found = prepare(

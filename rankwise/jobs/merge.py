@@ -17,6 +17,7 @@ from rankwise.data.template import Template
 from rankwise.errors import MergeError, RunFolderError
 from rankwise.frozen.load import load_base
 from rankwise.jobs.evaluate import load_adapter
+from rankwise.jobs.vocabulary import with_tokens_of
 from rankwise.jobs.watch import Watch
 from rankwise.surgery.bank import Bank
 
@@ -47,28 +48,32 @@ def run_merge(model: str, adapter: Path, out: Path, watch: Watch, *, force: bool
     """
     with _beside(out.expanduser().resolve()) as place:
         with watch.stage(f"loading {model}"):
-            base = load_base(model, dtype="float32", device="cpu")
+            base = with_tokens_of(load_base(model, dtype="float32", device="cpu"), [adapter], force=force)
         stored = base.stored if base.stored in TOLERANCE else torch.float32
         bank, template = Bank(base.model), Template(base.tokenizer)
         load_adapter(bank, _NAME, adapter, base, template, force=force)
+        prompts = [base.tokenizer.encode(text) for text in PROMPTS]
+        if own := sorted({i for rows in bank.adapter(_NAME).tokens.values() for i in rows.tokens}):
+            prompts.append(own)
         with watch.stage("base + adapter on the prompts"), bank.use(_NAME):
-            want = _logits(base.model, base.tokenizer)
+            want = _logits(base.model, prompts)
         with watch.stage("merging"):
             report = bank.bake(_NAME)
-            _prove(base.model, base.tokenizer, want, torch.float32)  # before a rounding could hide a mistake
+            _prove(base.model, prompts, want, torch.float32)  # before a rounding could hide a mistake
             base.model.to(stored).save_pretrained(place)
             base.tokenizer.save_pretrained(place)
         with watch.stage("proving what was written"):
             again = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
-            error = _prove(again, base.tokenizer, want, stored)
+            error = _prove(again, prompts, want, stored)
     return {
         "out": str(out),
         "layers": report.layers,
+        "tokens": len(own),
         "dtype": str(stored).removeprefix("torch."),
         "logits_error": error,
         "tolerance": TOLERANCE[stored],
         "worst_layer_error": report.worst_error,
-        "prompts": len(PROMPTS),
+        "prompts": len(prompts),
     }
 
 
@@ -93,9 +98,9 @@ def _beside(out: Path) -> Iterator[Path]:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def _prove(model: Any, tokenizer: Any, want: list[Tensor], held: torch.dtype) -> float:
+def _prove(model: Any, prompts: list[list[int]], want: list[Tensor], held: torch.dtype) -> float:
     """The largest relative difference of a model's logits from `want`, if the number format explains it."""
-    error = max(_relative(got, wanted) for got, wanted in zip(_logits(model, tokenizer), want, strict=True))
+    error = max(_relative(got, wanted) for got, wanted in zip(_logits(model, prompts), want, strict=True))
     if not error <= TOLERANCE[held]:
         raise MergeError(
             f"the merged model's logits are off by {error:.2g}, at most {TOLERANCE[held]:g} was expected",
@@ -105,8 +110,8 @@ def _prove(model: Any, tokenizer: Any, want: list[Tensor], held: torch.dtype) ->
 
 
 @torch.no_grad()
-def _logits(model: Any, tokenizer: Any) -> list[Tensor]:
-    return [model(input_ids=torch.tensor([tokenizer.encode(text)])).logits[0].float() for text in PROMPTS]
+def _logits(model: Any, prompts: list[list[int]]) -> list[Tensor]:
+    return [model(input_ids=torch.tensor([tokens])).logits[0].float() for tokens in prompts]
 
 
 def _relative(got: Tensor, want: Tensor) -> float:

@@ -9,6 +9,7 @@ from rankwise.data.template import Template
 from rankwise.frozen.load import Base
 from rankwise.jobs.documents import Documents
 from rankwise.jobs.request import TrainRequest
+from rankwise.jobs.vocabulary import token_counts
 from rankwise.planning.amounts import shown
 from rankwise.planning.memory import Memory
 from rankwise.reports.run import Start
@@ -39,6 +40,8 @@ def plan_text(
         f"({trained / size:.2%} of the base), alpha {adapter.spec.alpha:g}, {adapter.spec.scaling}",
         *_layers(adapter),
         *(f"            {path}: trained whole" for path in adapter.modules),
+        *(f"            {path}: rows of {len(rows.tokens)} tokens" for path, rows in adapter.tokens.items()),
+        *_new_tokens(base, adapter.spec.new_tokens, documents),
         *([f"[bold]start[/bold]     {plain(started(begun, len(adapter.sites)))}"] if begun is not None else []),
         *(f"[bold]{name:9}[/bold] {_counted(name, documents.facts)}" for name in documents.facts),
         *([_memory(memory)] if memory is not None else []),
@@ -61,6 +64,12 @@ def _layers(adapter: Adapter) -> list[str]:
         f"effective scale {scale}"
         for (leaf, scale), (least, most) in spans.items()
     ]
+
+
+def _new_tokens(base: Base, ids: tuple[int, ...], documents: Documents) -> list[str]:
+    counts = token_counts(base.tokenizer, ids, documents.train)
+    named = ", ".join(f"{plain(text)} × {count:,}" for text, count in counts.items())
+    return [f"            new tokens, and how often they are met: {named}"] if ids else []
 
 
 def _memory(memory: Memory) -> str:

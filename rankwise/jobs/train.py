@@ -2,6 +2,7 @@
 
 out/
 ├── adapter_config.json  adapter_model.safetensors   PEFT's format
+├── tokenizer.json  tokenizer_config.json  …         where the adapter has tokens of its own
 ├── rankwise.json                                    everything about the run
 ├── metrics.jsonl  evaluation.json  samples.json     what was measured
 ├── README.md  report.html                           for people
@@ -18,14 +19,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rankwise.adapters.spec import LoraSpec
 from rankwise.data.rows import is_file
 from rankwise.data.template import Template
+from rankwise.data.tokeniser import add_tokens
 from rankwise.engine.begin import COMPUTED_STARTS, begin
 from rankwise.engine.evaluate import Evaluation
 from rankwise.engine.folder import RunFolder, held_folder
 from rankwise.engine.interrupt import Interrupted
 from rankwise.engine.loop import Outcome, train
-from rankwise.engine.run import Loop, Run
+from rankwise.engine.run import Loop, Pruning, Run
 from rankwise.errors import DataError, RankwiseWarning
 from rankwise.formats.tensors import write_text
 from rankwise.frozen.load import Base, load_base
@@ -37,6 +40,7 @@ from rankwise.jobs.plan_text import plan_text
 from rankwise.jobs.request import TrainRequest
 from rankwise.jobs.samples import sample_answers
 from rankwise.jobs.tracking import check_trackers, tracked
+from rankwise.jobs.vocabulary import token_counts, with_tokens_of
 from rankwise.jobs.watch import Advance, Watch
 from rankwise.reports.card import write_card
 from rankwise.reports.page import write_report
@@ -79,25 +83,32 @@ def _run(request: TrainRequest, folder: RunFolder, watch: Watch) -> dict[str, An
         is_file(source)  # one that is missing is found out before a model is loaded
     check_trackers(request.track)
     with watch.stage(f"loading {request.model}"):
-        base = _loaded(request)
+        loaded = _loaded(request)
+    base = with_tokens_of(loaded, list(filter(None, [request.continue_from])), force=request.force)
+    new_tokens = add_tokens(base.tokenizer, request.add_tokens)
     template = Template(base.tokenizer, request.train_on)
     documents = read_documents(request, template, watch)
     with Bank(base.model) as bank:
         begun: Start | None = None
         if request.continue_from is None:
-            begun = _begin(bank, request, documents, folder, watch)
+            spec = request.spec.model_copy(update={"new_tokens": new_tokens})
+            begun = _begin(bank, request, spec, documents, folder, watch)
         else:
             load_adapter(bank, ADAPTER, request.continue_from, base, template, force=request.force)
         memory = predicted_training(request, base, bank, documents.train)
         watch.say(plan_text(request, base, bank, documents, template, memory, begun))
+        _warn_of_unmet(base, new_tokens, documents)
         began = time.monotonic()
         outcome = _train(bank, request, documents, folder, watch)
         facts = _facts(request, base, documents, template) | {
+            "new_tokens": dict(zip(request.add_tokens, new_tokens, strict=True)),
             "training": _training_facts(folder, outcome, time.monotonic() - began, len(documents.train.tokens))
-            | {"predicted_memory_bytes": memory.peak if memory is not None else None}
+            | {"predicted_memory_bytes": memory.peak if memory is not None else None},
         }
         if begun is not None:
             facts["start"] = asdict(begun)
+        if new_tokens or base is not loaded:
+            base.tokenizer.save_pretrained(request.out)
         bank.save(ADAPTER, request.out, facts)
         if outcome.failed:
             warnings.warn(
@@ -120,20 +131,23 @@ def _loaded(request: TrainRequest) -> Base:
     )
 
 
-def _begin(bank: Bank, request: TrainRequest, documents: Documents, folder: RunFolder, watch: Watch) -> Start | None:
+def _begin(
+    bank: Bank, request: TrainRequest, spec: LoraSpec, documents: Documents, folder: RunFolder, watch: Watch
+) -> Start | None:
     """Adds the fresh adapter; what that took, where it is more than chance."""
     settings: dict[str, Any] = {"seed": request.seed, "start": request.start, "out": folder}
     if request.init not in COMPUTED_STARTS:
-        begin(bank, ADAPTER, request.spec, documents.train, **settings)
+        begin(bank, ADAPTER, spec, documents.train, **settings)
         return None
     with watch.stage(f"starting with {request.init}") as advance:
-        begun = begin(bank, ADAPTER, request.spec, documents.train, **settings, advance=advance)
+        begun = begin(bank, ADAPTER, spec, documents.train, **settings, advance=advance)
     return Start(**begun.record())
 
 
 def _train(bank: Bank, request: TrainRequest, documents: Documents, folder: RunFolder, watch: Watch) -> Outcome:
     names = set(Run.model_fields) & set(TrainRequest.model_fields)
-    run = Run(**{name: getattr(request, name) for name in names})
+    pruning = Pruning(target_rank=request.target_rank, orthogonality=request.orthogonality)
+    run = Run(**{name: getattr(request, name) for name in names}, pruning=pruning)
     names = set(Loop.model_fields) & set(TrainRequest.model_fields)
     loop = Loop(**{name: getattr(request, name) for name in names})
     with tracked(request.track, request.out, request.table()) as track:
@@ -163,6 +177,14 @@ def _facts(request: TrainRequest, base: Base, documents: Documents, template: Te
         "template": {"digest": template.digest},
         "command": request.command(),
     }
+
+
+def _warn_of_unmet(base: Base, new_tokens: tuple[int, ...], documents: Documents) -> None:
+    """A token that is never met is a slip of the finger, as often as not."""
+    unmet = [text for text, count in token_counts(base.tokenizer, new_tokens, documents.train).items() if not count]
+    if unmet:
+        said = f"no training document holds {', '.join(map(repr, unmet))}: the model learns only not to say it"
+        warnings.warn(said, RankwiseWarning, stacklevel=3)
 
 
 def _training_facts(folder: RunFolder, outcome: Outcome, seconds: float, epoch_tokens: int) -> dict[str, Any]:

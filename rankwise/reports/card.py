@@ -73,14 +73,16 @@ def _base(record: Record) -> str:
 
 def _usage(record: Record) -> str:
     base = json.dumps(_base(record), ensure_ascii=False)
+    here = '"path/to/this/folder"'
+    enlarged = "\nmodel.resize_token_embeddings(len(tokenizer))" if record.new_tokens else ""
     return f"""## Use
 
 ```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained({base})
-model = AutoModelForCausalLM.from_pretrained({base})
+tokenizer = AutoTokenizer.from_pretrained({here if record.new_tokens else base})
+model = AutoModelForCausalLM.from_pretrained({base}){enlarged}
 model = PeftModel.from_pretrained(model, "path/to/this/folder")
 ```
 
@@ -131,9 +133,17 @@ def _adapter(record: Record) -> str:
     axes = f"Form {spec.form}, scaling {spec.scaling}, storage {record.base.storage}, init {spec.init}"
     parameters = numbers.counted(record.parameters, "parameter")
     start = f" Start: {started(record.start, len(record.sites))}." if record.start is not None else ""
+    said = f"{parameters}. {axes}, dropout {numbers.plain(spec.dropout)}.{start}{_tokens(record)}"
     table = _table(("where", "layers", "sites", "rank", "alpha", "scale"), rows)
-    said = _escaped(f"{parameters}. {axes}, dropout {numbers.plain(spec.dropout)}.{start}")
-    return f"## The adapter\n\n{said}\n\n{table}"
+    return f"## The adapter\n\n{_escaped(said)}\n\n{table}"
+
+
+def _tokens(record: Record) -> str:
+    """Which tokens it has rows for, in a sentence."""
+    texts = {number: text for text, number in record.new_tokens.items()}
+    each = dict.fromkeys(token for tokens in record.tokens.values() for token in tokens)
+    named = ", ".join(f"{texts[token]} ({token})" if token in texts else str(token) for token in each)
+    return f" Rows of its own in {', '.join(record.tokens)} for the tokens {named}." if each else ""
 
 
 def _training(record: Record) -> str:

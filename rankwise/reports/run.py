@@ -32,6 +32,8 @@ class Spec:
     scaling: str
     dropout: FiniteFloat
     init: str
+    exclude: str | tuple[str, ...] = ()
+    layers: str = ""
     rank_pattern: dict[str, PositiveInt] = field(default_factory=dict)
     alpha_pattern: dict[str, FiniteFloat] = field(default_factory=dict)
     modules_to_save: tuple[str, ...] = ()
@@ -132,6 +134,8 @@ class Record:
     parameters: NonNegativeInt
     sites: dict[str, Site]
     modules: tuple[str, ...] = ()
+    tokens: dict[str, tuple[NonNegativeInt, ...]] = field(default_factory=dict)
+    new_tokens: dict[str, NonNegativeInt] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
     settings: tuple[Setting, ...] = ()

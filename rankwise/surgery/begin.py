@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rankwise.adapters.lowrank import LowRank, row_squares
 from rankwise.adapters.spec import DATA_STARTS, LoraSpec
-from rankwise.adapters.starts import RESIDUAL_STARTS, WEIGHT_STARTS, remainder_start, start, weight_start
+from rankwise.adapters.starts import RESIDUAL_STARTS, WEIGHT_STARTS, remainder_start, start, triplet_start, weight_start
 from rankwise.errors import SpecError
 from rankwise.surgery.sites import Site, choose_modules, choose_sites
 
@@ -22,6 +22,9 @@ def begun(spec: LoraSpec, site: Site, generator: torch.Generator) -> LowRank:
         SpecError: the start gives no factors of that rank for such a weight, or needs documents.
     """
     rank, scale = spec.rank_at(site.path), spec.scale_at(site.path)
+    if spec.form == "adalora":
+        A, B = triplet_start(spec.init, site.shape, rank, generator)
+        return LowRank(A, B, scale, spec.dropout, lam=torch.zeros(rank))
     if spec.init in DATA_STARTS:
         raise SpecError(
             f"init {spec.init!r} is found in documents, and a bank knows none",

@@ -110,7 +110,7 @@ class AdaptedLayer(Stand):
         return [
             self.part(name, start, stop, self._mask(name, stop - start, x))
             for name, start, stop in self.router.spans(x.shape, self.kind.width_dims, self.path)
-            if name is not None and self.of(name) is not None
+            if name is not None and self.of(name) is not None and not self.of(name).empty
         ]
 
     def _norms(self, name: str, factors: LowRank) -> Tensor:

@@ -80,3 +80,9 @@ def test_a_spec_is_a_value():
 def test_numbers_must_be_finite(value):
     with pytest.raises(SpecError):
         LoraSpec(alpha=value)
+
+
+@pytest.mark.parametrize(("init", "words"), [("eva", "both give the ranks out"), ("lora_ga", "leaves nothing of init")])
+def test_form_adalora_has_a_start_of_its_own(init, words):
+    with pytest.raises(SpecError, match=words):
+        LoraSpec(form="adalora", init=init)

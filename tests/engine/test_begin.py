@@ -16,8 +16,8 @@ from rankwise.engine.run import Loop, Run, Start
 from rankwise.errors import BankError, DataError, RankwiseWarning, RunFolderError, SpecError, TargetError, TrainingError
 from rankwise.surgery.bank import Bank
 from tests.corpora import random_corpus
-from tests.grid import DATA_STARTS, FORMS, RESIDUAL_STARTS, STARTS, spec, state_of
-from tests.models import tiny
+from tests.grid import DATA_STARTS, RESIDUAL_FORMS, RESIDUAL_STARTS, STARTS, spec, state_of
+from tests.models import ARCHITECTURES, VOCAB, tiny
 
 CORPUS = random_corpus([12, 9, 20, 15, 8, 11, 17, 5])
 LOOK = Start(micro_tokens=40)
@@ -43,7 +43,7 @@ def test_a_start_that_needs_no_documents_is_the_banks(init):
     assert digest(chosen, seed=3)[0] == want
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", RESIDUAL_FORMS)
 @pytest.mark.parametrize("init", DATA_STARTS)
 def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(init, form):
     chosen = spec("all-linear", init=init, form=form)
@@ -94,6 +94,42 @@ def test_layers_that_no_token_reaches_begin_by_chance(init):
     assert begun.unreached == 1
 
 
+@pytest.mark.parametrize("init", DATA_STARTS)
+def test_only_layers_that_are_chosen_are_looked_at(init):
+    chosen = spec(("q_proj", "up_proj"), init=init, exclude=(r"model.layers.0.mlp.up_proj",), layers="0")
+    with Bank(tiny("llama")) as bank:
+        begin(bank, "a", chosen, CORPUS, start=LOOK)
+        adapter = bank.adapter("a")
+    assert [*adapter.sites] == ["model.layers.0.self_attn.q_proj"]
+    assert (adapter.spec.exclude, adapter.spec.layers) == (chosen.exclude, chosen.layers)
+
+
+@pytest.mark.parametrize("model", ["llama", "gpt2"])
+@pytest.mark.parametrize("init", DATA_STARTS)
+def test_documents_may_hold_tokens_that_the_adapter_brings(init, model):
+    """Until they are trained they are what an enlarged model has at their place: the mean of its rows."""
+    words = random_corpus([12, 9, 20, 15])
+    words.tokens[[5, 14, 30]] = VOCAB
+    names, grown = ARCHITECTURES[model].targets[:1], tiny(model)
+    grown.resize_token_embeddings(VOCAB + 1, mean_resizing=False)
+    with torch.no_grad():
+        for weight in {grown.get_input_embeddings().weight, grown.get_output_embeddings().weight}:
+            weight[VOCAB] = weight[:VOCAB].mean(0)
+    with Bank(grown) as bank:
+        begin(bank, "a", spec(names, init=init), words, start=LOOK)
+        want = bank.adapter("a").sites
+        with Bank(tiny(model)) as other:
+            begin(other, "a", spec(names, init=init, new_tokens=(VOCAB,), trained_tokens=(7,)), words, start=LOOK)
+            got = other.adapter("a")
+            other.add("plain", spec(names, new_tokens=(VOCAB,), trained_tokens=(7,)))
+            for path, rows in other.adapter("plain").tokens.items():
+                assert torch.equal(rows.rows, got.tokens[path].rows)
+    assert got.tokens
+    for path, factors in want.items():
+        torch.testing.assert_close(got.sites[path].A, factors.A, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(got.sites[path].B, factors.B, rtol=1e-3, atol=1e-4)
+
+
 # ── kept, and taken up again ─────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -124,7 +160,7 @@ def stopping(step):
 
 
 @COMPUTED
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", RESIDUAL_FORMS)
 def test_a_run_resumed_after_a_computed_start_equals_one_that_was_not_to_the_bit(tmp_path, init, form):
     want, losses, first = run(tmp_path / "whole", init, form)
     with pytest.raises(Interrupted):
@@ -200,6 +236,7 @@ REFUSED = [
     ("llama", {"init": "lora_ga", "rank": 9}, {}, SpecError, r"k_proj: 2 × 9 of 16"),
     ("llama", {"init": "lora_ga", "targets": ("no_proj",)}, {}, TargetError, "'no_proj' matches no layer"),
     ("llama", {"init": "eva", "modules_to_save": ("nom",)}, {}, TargetError, "'nom' matches no module"),
+    ("llama", {"init": "lora_ga", "trained_tokens": (VOCAB,)}, {}, TargetError, f"trained_tokens {VOCAB}: the model"),
     ("llama", {"init": "lora_ga"}, {"corpus": random_corpus([])}, DataError, "no documents"),
 ]
 

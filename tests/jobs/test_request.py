@@ -25,15 +25,18 @@ EVERYTHING = {
     "rank": 8,
     "alpha": 12.5,
     "targets": ("q_proj", "v_proj"),
-    "form": "dora",
+    "exclude": ("layers.1.self_attn.q_proj", "lm_head"),
+    "layers": "0-11,20,24-",
+    "form": "adalora",
     "scaling": "alpha/sqrt(r)",
     "dropout": 0.05,
-    "init": "eva",
-    "init_documents": 40,
-    "init_rho": 1.0,
+    "init": "gaussian",
     "rank_pattern": {r"layers\.(1|2)\..*": 4, "v_proj": 2},
     "alpha_pattern": {"a=b": 0.5},
+    "target_rank": 3,
+    "orthogonality": 0.25,
     "modules_to_save": ("lm_head", "norm"),
+    "add_tokens": ("<tool>", "it's"),
     "lr": 5e-5,
     "lr_ratio": 4.0,
     "schedule": "cosine",
@@ -57,6 +60,7 @@ EVERYTHING = {
     "device": "cpu",
     "track": ("tensorboard", "wandb"),
 }
+OF_EVA = {"init": "eva", "init_documents": 40, "init_rho": 1.5}  # which form adalora does without
 
 
 def asked(command: str) -> TrainRequest:
@@ -70,17 +74,18 @@ def asked(command: str) -> TrainRequest:
 def test_every_setting_is_an_option_and_every_option_a_setting():
     options = {parameter.name for parameter in TRAIN.params} - {"config", "json"}
     assert options == set(TrainRequest.model_fields)
-    assert set(EVERYTHING) == options - {"scenario", "continue_from", "resume"}
+    assert {*EVERYTHING, *OF_EVA} == options - {"scenario", "continue_from", "resume"}
 
 
-def test_the_command_asks_for_the_same():
-    request = TrainRequest(**EVERYTHING)
+@pytest.mark.parametrize("settings", [EVERYTHING, LEAST | OF_EVA], ids=["everything", "eva"])
+def test_the_command_asks_for_the_same(settings):
+    request = TrainRequest(**settings)
     assert asked(request.command()) == request
 
 
 @pytest.mark.parametrize("targets", ["minimal", "mlp", "q_proj", r"re:.*\.(q|v)_proj", "re:it's, [a]"])
 def test_the_command_asks_for_the_same_targets(targets):
-    request = TrainRequest(**LEAST, targets=targets)
+    request = TrainRequest(**LEAST, targets=targets, exclude=targets)
     assert asked(request.command()).spec == request.spec
 
 
@@ -127,15 +132,18 @@ test: it's.jsonl
 rank: 8
 alpha: 12.5
 targets: q_proj, v_proj
-form: dora
+exclude: layers.1.self_attn.q_proj, lm_head
+layers: 24-, 20, 0-11
+form: adalora
+target-rank: 3
+orthogonality: 0.25
 scaling: alpha/sqrt(r)
 dropout: 0.05
-init: eva
-init_documents: 40
-init-rho: 1
+init: gaussian
 rank-pattern: {'layers\.(1|2)\..*': 4, v_proj: 2}
 alpha_pattern: a=b=0.5
 modules_to_save: lm_head, norm
+add_tokens: [<tool>, it's]
 lr: 5e-5
 lr_ratio: 4
 schedule: cosine
@@ -161,6 +169,8 @@ device: cpu
 track: [tensorboard, wandb]
 """
     assert TrainRequest(**config(tmp_path, text)) == TrainRequest(**EVERYTHING)
+    text = "init: eva\ninit_documents: 40\ninit-rho: 1.5\n"
+    assert TrainRequest(**LEAST, **config(tmp_path, text)) == TrainRequest(**LEAST, **OF_EVA)
 
 
 def test_one_name_needs_no_list(tmp_path):
@@ -249,6 +259,22 @@ def test_targets_that_name_nothing_are_refused(targets):
         TrainRequest(**LEAST, targets=targets)
 
 
+@pytest.mark.parametrize("exclude", ["re:", "re:("])
+def test_exclusions_that_cannot_be_read_are_refused(exclude):
+    with pytest.raises(SpecError, match="exclude = "):
+        TrainRequest(**LEAST, exclude=exclude)
+
+
+@pytest.mark.parametrize("exclude", ["", ",", []])
+def test_nothing_may_be_left_out(exclude):
+    assert TrainRequest(**LEAST, exclude=exclude).spec == TrainRequest(**LEAST).spec
+
+
+@pytest.mark.parametrize("written", ["layers: 3", "layers: [3]", "layers: '3'", "layers: 3-3", "layers: 3,3"])
+def test_blocks_can_be_written_as_numbers_or_text(tmp_path, written):
+    assert TrainRequest(**LEAST, **config(tmp_path, written)).spec.layers == "3"
+
+
 def test_alpha_is_twice_the_rank_unless_it_is_asked_for():
     assert TrainRequest(**LEAST, rank=5).spec.alpha == 10
     assert TrainRequest(**LEAST, rank=5, alpha=3).spec.alpha == 3
@@ -288,7 +314,18 @@ def test_every_setting_has_its_reason():
 
 def test_an_adapter_that_is_trained_further_is_taken_as_it_is():
     table = {row["name"]: row for row in TrainRequest(**LEAST, continue_from="first").table()}
-    for name in ("rank", "alpha", "targets", "scaling", "dropout", "init", "rank_pattern", "modules_to_save"):
+    for name in (
+        "rank",
+        "alpha",
+        "targets",
+        "exclude",
+        "layers",
+        "scaling",
+        "dropout",
+        "init",
+        "rank_pattern",
+        "modules_to_save",
+    ):
         assert table[name] == {"name": name, "value": None, "reason": "as in the adapter that is trained further"}
     with pytest.raises(SpecError, match="leave out dropout, rank"):
         TrainRequest(**LEAST, continue_from="first", rank=4, dropout=0.1)

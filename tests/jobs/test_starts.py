@@ -58,11 +58,12 @@ def test_what_it_did_is_said_recorded_and_reported(world, tmp_path, init, form):
 
 @STARTS
 def test_stopped_and_resumed_it_equals_a_run_that_was_not_to_the_bit(world, tmp_path, init, form):
-    run_training(asked(world, tmp_path / "whole", init, form), Quiet())
+    new = {"add_tokens": ("that is",)}
+    run_training(asked(world, tmp_path / "whole", init, form, **new), Quiet())
     with pytest.raises(Interrupted):
-        run_training(asked(world, tmp_path / "cut", init, form), Stopping())
+        run_training(asked(world, tmp_path / "cut", init, form, **new), Stopping())
     began = os.stat(tmp_path / "cut" / "checkpoints" / "start").st_mtime_ns
-    run_training(asked(world, tmp_path / "cut", init, form, resume=True), Quiet())
+    run_training(asked(world, tmp_path / "cut", init, form, resume=True, **new), Quiet())
     whole, cut = (read(tmp_path / name / "rankwise.json") for name in ("whole", "cut"))
     assert cut["digest"] == whole["digest"]
     assert cut["spec"] == whole["spec"]

@@ -14,6 +14,7 @@ from tests.grid import (
     DATA_STARTS,
     DTYPES,
     FORMS,
+    RESIDUAL_FORMS,
     RESIDUAL_STARTS,
     SCALINGS,
     STARTS,
@@ -24,7 +25,7 @@ from tests.grid import (
     state_of,
     trained,
 )
-from tests.models import ARCHITECTURES, CAUSAL, output, tiny
+from tests.models import ARCHITECTURES, CAUSAL, VOCAB, output, tiny
 
 EVERY = pytest.mark.parametrize("name", ARCHITECTURES)
 LOW = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -50,7 +51,7 @@ def test_a_fresh_adapter_changes_no_bit(name, dtype, form, start, storage):
 
 @EVERY
 @pytest.mark.parametrize("start", RESIDUAL_STARTS)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", RESIDUAL_FORMS)
 @torch.no_grad()
 def test_a_residual_start_changes_nothing_but_roundings_and_never_the_base(name, form, start):
     model = tiny(name).requires_grad_(False)
@@ -71,7 +72,7 @@ WORDS = random_corpus([12, 9, 20, 15, 8, 11])
 
 @CAUSALLY
 @LOW
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", RESIDUAL_FORMS)
 @pytest.mark.parametrize("storage", STORAGES)
 @torch.no_grad()
 def test_an_eva_start_changes_no_bit(name, dtype, form, storage):
@@ -86,7 +87,7 @@ def test_an_eva_start_changes_no_bit(name, dtype, form, storage):
 
 
 @CAUSALLY
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", RESIDUAL_FORMS)
 @pytest.mark.parametrize("storage", STORAGES)
 def test_a_lora_ga_start_changes_nothing_but_roundings_and_never_the_base(name, form, storage):
     model, inputs = hold(tiny(name), storage).requires_grad_(False), ARCHITECTURES[name].inputs(3)
@@ -104,7 +105,7 @@ def test_a_lora_ga_start_changes_nothing_but_roundings_and_never_the_base(name, 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("start", DATA_STARTS)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", RESIDUAL_FORMS)
 def test_a_start_found_in_documents_is_saved_as_a_plain_adapter_of_the_base(name, form, start, tmp_path):
     model, inputs = tiny(name), ARCHITECTURES[name].inputs(3)
     with Bank(model) as bank:
@@ -124,7 +125,7 @@ def test_a_start_found_in_documents_is_saved_as_a_plain_adapter_of_the_base(name
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "unet"])
 @pytest.mark.parametrize("start", RESIDUAL_STARTS)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", RESIDUAL_FORMS)
 @torch.no_grad()
 def test_a_residual_start_is_saved_as_a_plain_adapter_of_the_base(name, form, start, tmp_path):
     model, inputs = tiny(name), ARCHITECTURES[name].inputs(3)
@@ -181,11 +182,12 @@ def test_dora_learns_by_the_papers_gradient(name):
 @torch.no_grad()
 def test_forward_is_merged(name, dtype, form, storage, scaling):
     chosen = spec(ARCHITECTURES[name].targets, form=form, scaling=scaling)
-    merged, adapted, want = merged_and_adapted(name, dtype, chosen, storage)
+    merged, adapted, want, base, base_wanted = merged_and_adapted(name, dtype, chosen, storage)
     if dtype == torch.float32:
         assert relative(merged, adapted) < 1e-5
     else:  # one more rounding of each weight may cost no more than the number format has cost already
-        assert typical(merged, want) < 2 * typical(adapted, want) + 0.01
+        cost = max(typical(adapted, want), typical(base, base_wanted))
+        assert typical(merged, want) < 2 * cost + 0.01
 
 
 def typical(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -195,7 +197,7 @@ def typical(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def merged_and_adapted(name, dtype, chosen, storage) -> tuple[torch.Tensor, ...]:
-    """What comes out of a model with an adapter merged, of base + adapter, and of base + adapter in float32."""
+    """What comes out with an adapter merged, of base + adapter and of that in float32, of the base and of that too."""
     model, truth = hold(tiny(name, dtype), storage), hold(tiny(name, dtype).float(), storage)
     inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in ARCHITECTURES[name].inputs(3).items()}
     exact = {k: v.float() if v.is_floating_point() else v for k, v in inputs.items()}
@@ -204,7 +206,8 @@ def merged_and_adapted(name, dtype, chosen, storage) -> tuple[torch.Tensor, ...]
         trained(reference, "task", chosen)
         with reference.use("task"):
             want = output(truth, exact)
-        assert relative(output(truth, exact), want) > 0.05, "the adapter does too little for the test to see"
+        base, base_wanted = output(model, inputs), output(truth, exact)
+        assert relative(base_wanted, want) > 0.05, "the adapter does too little for the test to see"
         with bank.use("task"):
             adapted = output(model, inputs)
         assert bank.merge("task").layers == len(bank.adapter("task").sites)
@@ -212,7 +215,7 @@ def merged_and_adapted(name, dtype, chosen, storage) -> tuple[torch.Tensor, ...]
         bank.unmerge()
         with bank.use("task"):
             assert torch.equal(output(model, inputs), adapted)
-    return merged, adapted, want
+    return merged, adapted, want, base, base_wanted
 
 
 @EVERY
@@ -281,9 +284,15 @@ def test_undo_is_exact_in_any_order(name, storage, steps):
     assert state_of(model) == before
 
 
+# Of the adapters a0 … a3 two have rows of tokens, where the model has an embedding that is no target.
+TOKENS = {"a2": {"trained_tokens": (7, 3)}, "a3": {"new_tokens": (VOCAB, VOCAB + 1), "trained_tokens": (5,)}}
+
+
 def _operate(bank: Bank, what: str, own: str, inputs: dict[str, torch.Tensor], targets: tuple[str, ...]) -> None:
     if what == "add":
-        trained(bank, own, spec(targets, rank=1 + int(own[1:])), seed=int(own[1:]))
+        tokens = TOKENS.get(own, {}) if bank.vocabulary.embedding is not None else {}
+        chosen = targets[:1] if tokens else targets
+        trained(bank, own, spec(chosen, rank=1 + int(own[1:]), **tokens), seed=int(own[1:]))
     elif what == "use":
         with bank.use(own):
             output(bank.model, inputs)
