@@ -20,6 +20,10 @@ def train(
     model: Annotated[str | None, _option("Base model: a folder, or an id on the hub.", metavar="PATH_OR_ID")] = None,
     data: Annotated[list[str] | None, _option("Documents to learn from; may be repeated.", metavar="FILE")] = None,
     out: Annotated[Path | None, _option("Folder of the run; must be new.", metavar="DIR")] = None,
+    task: Annotated[
+        str | None,
+        _option("causal-lm, masked-lm, seq2seq, sequence-classification or image-classification [causal-lm]."),
+    ] = None,
     valid: Annotated[str | None, _option("Documents to judge by [some are held back].", metavar="FILE")] = None,
     test: Annotated[str | None, _option("Documents for the last comparison with the base.", metavar="FILE")] = None,
     config: Annotated[Path | None, _option("Settings in YAML; options go before it.", metavar="RUN.YAML")] = None,
@@ -39,17 +43,18 @@ def train(
     rank_pattern: Annotated[list[str] | None, _option("Other ranks; may be repeated.", metavar="NAME=RANK")] = None,
     alpha_pattern: Annotated[list[str] | None, _option("Other alphas; may be repeated.", metavar="NAME=ALPHA")] = None,
     modules_to_save: Annotated[str | None, _option("Modules trained whole, with commas.")] = None,
-    lr: Annotated[float | None, _option("Peak learning rate [2e-4].")] = None,
+    lr: Annotated[float | None, _option("Peak learning rate [2e-4; 5e-4 for some tasks].")] = None,
     lr_ratio: Annotated[float | None, _option("LoRA+: B learns at so many times --lr [1].")] = None,
     schedule: Annotated[str | None, _option("linear, cosine or constant [linear].")] = None,
     warmup: Annotated[float | None, _option("Share of the steps in which it rises [0.03].")] = None,
     weight_decay: Annotated[float | None, _option("AdamW's weight decay [0].")] = None,
     clip: Annotated[float | None, _option("Largest gradient norm [1].")] = None,
-    epochs: Annotated[float | None, _option("Passes over the documents [1].")] = None,
+    epochs: Annotated[float | None, _option("Passes over the documents [1; 3 for classes].")] = None,
     max_steps: Annotated[int | None, _option("Steps in place of epochs.")] = None,
     batch_tokens: Annotated[int | None, _option("Tokens of one optimiser step [4096].")] = None,
+    batch_documents: Annotated[int | None, _option("Or documents of one step [by task].")] = None,
     micro_tokens: Annotated[int | None, _option("Tokens at once; never changes the result [by device].")] = None,
-    max_length: Annotated[int | None, _option("Longest document, in tokens [2048].")] = None,
+    max_length: Annotated[int | None, _option("Longest document, in tokens [2048; 512 for encoders].")] = None,
     overlong: Annotated[str | None, _option("Longer ones: truncate or drop [truncate].")] = None,
     train_on: Annotated[str | None, _option("all or last assistant turns [all].")] = None,
     seed: Annotated[int | None, _option("Seed of start, order and dropout [0].")] = None,
@@ -68,6 +73,7 @@ def train(
 
     Examples:
       rankwise train --model ./SmolLM2-135M-Instruct --data chats.jsonl --out runs/chats
+      rankwise train --task sequence-classification --model ./bert --data sst2.jsonl --out runs/sst2
       rankwise train --config run.yaml --rank 8 --out runs/rank-8
       rankwise train --config run.yaml --out runs/chats --resume
     """

@@ -1,17 +1,21 @@
-"""A base model and its tokenizer, from a folder or the Hugging Face hub, held in a format the machine is good at."""
+"""A base model and what stands before it, from a folder or the Hugging Face hub, in a format the machine is good at."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+import transformers
+from transformers import AutoConfig
 from transformers.utils import logging
 
-from rankwise.errors import ModelError, SpecError, listing
+from rankwise.errors import ModelError, SpecError, listing, nearest
+from rankwise.frozen.heads import class_names, head_parameters, may_be_fresh, set_classes, set_padding, whole_modules
 from rankwise.frozen.precision import Precision, choose_precision
+from rankwise.tasks import DEFAULT, TASKS, task_of
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,11 @@ class Base:
     """What was loaded and how it is held.
 
     Attributes:
+        tokenizer: or, where pictures are read, the image processor.
         stored: the number format of the weights on disk, as the model's config says; float32 where it does not.
+        task: what it was loaded for.
+        classes: their names, by number; () for a task without.
+        fresh: modules that the checkpoint does not have, or has for other classes: they have to be trained whole.
     """
 
     name: str
@@ -28,30 +36,57 @@ class Base:
     device: torch.device
     precision: Precision
     stored: torch.dtype
+    task: str = DEFAULT
+    classes: tuple[str, ...] = ()
+    fresh: tuple[str, ...] = ()
 
 
-def load_base(name: str | Path, *, dtype: str = "auto", device: str = "auto") -> Base:
-    """A causal language model in evaluation mode, and its tokenizer.
+def load_base(
+    name: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    task: str = DEFAULT,
+    classes: Sequence[str] = (),
+    seed: int = 0,
+) -> Base:
+    """A model for a task in evaluation mode, and its tokenizer or image processor.
 
     Args:
         name: a folder with config.json, or a model's id on the hub.  Code in a repository is never run, pickled weights
             are never opened.
         dtype: `auto`, `bfloat16`, `float16` or `float32`.
         device: `auto` (a GPU when there is one), or as torch names them.
+        task: one of `rankwise.tasks.TASKS`.
+        classes: names of what is to be told apart, in order; by default those of the checkpoint.  A checkpoint without
+            a head for them gets a fresh one.
+        seed: of a fresh head.
 
     Raises:
-        ModelError: it cannot be found or read, lacks weights, or is no causal language model; says the way out.
-        SpecError: no such number format, or no such device here.
+        ModelError: it cannot be found or read, lacks weights, or is no model for the task; says the way out.
+        SpecError: no such task, no such number format, or no such device here.
     """
+    if task not in TASKS:
+        raise SpecError(f"no task {task!r}{nearest(task, list(TASKS))}", hint=f"one of {', '.join(TASKS)}")
     source = _source(name)
     place = _place(device)
     precision = choose_precision(place, dtype)
     logging.disable_progress_bar()
     config = _read(source, "config", AutoConfig)
     stored = getattr(config, "dtype", None) or torch.float32
-    tokenizer = _read(source, "tokenizer", AutoTokenizer)
-    model = _read_weights(source, config, precision.dtype)
-    return Base(source, model.to(place).eval(), tokenizer, place, precision, stored)
+    reader = _read_reader(source, config, task)
+    fresh: tuple[str, ...] = ()
+    if not TASKS[task].classifies:
+        model = _read_weights(source, config, precision.dtype, task)
+    else:
+        known = set_classes(config, classes or class_names(config))
+        if task == "sequence-classification":
+            set_padding(config, reader)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model, fresh = _read_classifier(source, config, precision.dtype, task, known=known)
+    names = tuple(class_names(config)) if TASKS[task].classifies else ()
+    return Base(source, model.to(place).eval(), reader, place, precision, stored, task, names, fresh)
 
 
 def read_config(name: str | Path) -> Any:
@@ -63,31 +98,89 @@ def read_config(name: str | Path) -> Any:
     return _read(_source(name), "config", AutoConfig)
 
 
-def read_outline(name: str | Path) -> Any:
-    """The causal language model that a config describes, on the meta device: without memory for its weights.
+def read_outline(name: str | Path, task: str | None = None) -> Any:
+    """The model that a config describes, on the meta device: without memory for its weights.
+
+    Args:
+        name: as for `load_base`.
+        task: by default the one that the checkpoint was made for, else a causal language model, else a bare model.
 
     Raises:
         ModelError: as `read_config`, or no such model can be built from it.
     """
     source, config = _source(name), read_config(name)
+    made_for = task_of(next(iter(config.architectures or ()), ""), paired=config.is_encoder_decoder)
+    loads = _class(TASKS[task or made_for or DEFAULT].loads)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            if task is None and made_for is None and type(config) not in loads._model_mapping:
+                loads = _class("AutoModel")
+            return loads.from_config(config, trust_remote_code=False)
     except Exception as error:  # numbers that make no sense raise whatever the model's own code trips over
         reason = _first_line(error)
         raise ModelError(f"{source}: its config makes no model: {reason}", hint=_way_out(source)) from error
 
 
-def _read_weights(source: str, config: Any, dtype: torch.dtype) -> Any:
+def _class(name: str) -> Any:
+    return getattr(transformers, name)
+
+
+def _read_reader(source: str, config: Any, task: str) -> Any:
+    """A tokenizer, or an image processor; a model of pictures that comes without one gets the plainest."""
+    if TASKS[task].reads == "AutoTokenizer":
+        return _read(source, "tokenizer", _class("AutoTokenizer"))
+    folder, size = Path(source), getattr(config, "image_size", None)
+    alone = folder.is_dir() and not any(
+        (folder / f"{part}_config.json").exists() for part in ("preprocessor", "processor")
+    )
+    if alone and size is not None:
+        height, width = (size, size) if isinstance(size, int) else size
+        even = (0.5,) * getattr(config, "num_channels", 3)
+        shape = {"height": height, "width": width}
+        return _class("ViTImageProcessorPil")(size=shape, image_mean=even, image_std=even)
+    return _read(source, "image processor", _class("AutoImageProcessor"), backend="pil")
+
+
+def _read_weights(source: str, config: Any, dtype: torch.dtype, task: str) -> Any:
     """The model; where a weight is missing or has another shape, transformers would go on with random numbers."""
+    model, missing, mismatched = _loaded(source, config, dtype, task)
+    _check_whole(source, missing, mismatched)
+    return model
+
+
+def _read_classifier(
+    source: str, config: Any, dtype: torch.dtype, task: str, *, known: bool
+) -> tuple[Any, tuple[str, ...]]:
+    """The model, and its fresh modules: what stands behind the base may be missing, or be made for other classes."""
+    talk = logging.get_verbosity()
+    logging.set_verbosity_error()  # what is missing is told here, and how it is made good
+    try:
+        model, missing, mismatched = _loaded(source, config, dtype, task)
+    finally:
+        logging.set_verbosity(talk)
+    fresh = [name for name in (*missing, *mismatched) if may_be_fresh(model, name)]
+    rest = [name for name in missing if name not in fresh]
+    _check_whole(source, rest, {name: shapes for name, shapes in mismatched.items() if name not in fresh})
+    return model, whole_modules(model, fresh if known else [*fresh, *head_parameters(model)])
+
+
+def _loaded(
+    source: str, config: Any, dtype: torch.dtype, task: str
+) -> tuple[Any, list[str], dict[str, tuple[tuple[int, ...], tuple[int, ...]]]]:
+    """The model, the parameters that are missing, and those whose shape is another in the file."""
     wanted = {"config": config, "dtype": dtype, "use_safetensors": True}
     told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, found = _read(source, "weights", AutoModelForCausalLM, **wanted, **told)
-    problems = [f"{name}: missing" for name in sorted(found["missing_keys"])]
-    problems += [f"{name}: {tuple(a)} in the file, {tuple(b)} in the model" for name, a, b in found["mismatched_keys"]]
+    model, found = _read(source, "weights", _class(TASKS[task].loads), **wanted, **told)
+    return model, sorted(found["missing_keys"]), {n: (tuple(a), tuple(b)) for n, a, b in found["mismatched_keys"]}
+
+
+def _check_whole(
+    source: str, missing: Sequence[str], mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+) -> None:
+    problems = [f"{name}: missing" for name in missing]
+    problems += [f"{name}: {a} in the file, {b} in the model" for name, (a, b) in mismatched.items()]
     if problems:
         raise ModelError(f"{source}: its weights do not fit its config:\n{listing(problems)}", hint=_way_out(source))
-    return model
 
 
 def _source(name: str | Path) -> str:

@@ -49,7 +49,7 @@ class Chat:
         self.bank = Bank(self.base.model)
         self.name = _NAME if adapter is not None else None
         if adapter is not None:
-            load_adapter(self.bank, _NAME, adapter, self.base, self.template, force=force)
+            load_adapter(self.bank, _NAME, adapter, self.base, self.template.digest, force=force)
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
         self.messages: list[dict[str, Any]] = []
 

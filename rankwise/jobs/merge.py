@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
-from rankwise.data.template import Template
+from rankwise.engine.tasks.choose import task_named
 from rankwise.errors import MergeError, RunFolderError
-from rankwise.frozen.load import load_base
-from rankwise.jobs.evaluate import load_adapter
+from rankwise.frozen.load import Base, load_base
+from rankwise.jobs.evaluate import load_adapter, trained_classes, trained_task
+from rankwise.jobs.reader import load_for, reader_for
 from rankwise.jobs.watch import Watch
 from rankwise.surgery.bank import Bank
+from rankwise.tasks import DEFAULT
 
 _NAME = "adapter"
 # Texts in several languages and in code: the proof is made on what they become, token by token.
@@ -45,22 +46,24 @@ def run_merge(model: str, adapter: Path, out: Path, watch: Watch, *, force: bool
         RunFolderError: `out` exists and is not an empty folder, or cannot be written.
         RankwiseError: of loading.
     """
+    task = trained_task([adapter])
     with _beside(out.expanduser().resolve()) as place:
         with watch.stage(f"loading {model}"):
-            base = load_base(model, dtype="float32", device="cpu")
+            base, classes = load_for(model, task, trained_classes([adapter], task), dtype="float32", device="cpu")
         stored = base.stored if base.stored in TOLERANCE else torch.float32
-        bank, template = Bank(base.model), Template(base.tokenizer)
-        load_adapter(bank, _NAME, adapter, base, template, force=force)
+        bank, inputs = Bank(base.model), _inputs(base)
+        reader = reader_for(base, classes, max_length=2048, overlong="truncate", train_on="all")
+        load_adapter(bank, _NAME, adapter, base, reader.digest, force=force)
         with watch.stage("base + adapter on the prompts"), bank.use(_NAME):
-            want = _logits(base.model, base.tokenizer)
+            want = _logits(base.model, inputs)
         with watch.stage("merging"):
             report = bank.bake(_NAME)
-            _prove(base.model, base.tokenizer, want, torch.float32)  # before a rounding could hide a mistake
+            _prove(base.model, inputs, want, torch.float32)  # before a rounding could hide a mistake
             base.model.to(stored).save_pretrained(place)
             base.tokenizer.save_pretrained(place)
         with watch.stage("proving what was written"):
-            again = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
-            error = _prove(again, base.tokenizer, want, stored)
+            again = load_base(place, dtype="float32", device="cpu", task=task, classes=base.classes)
+            error = _prove(again.model, inputs, want, stored)
     return {
         "out": str(out),
         "layers": report.layers,
@@ -68,7 +71,7 @@ def run_merge(model: str, adapter: Path, out: Path, watch: Watch, *, force: bool
         "logits_error": error,
         "tolerance": TOLERANCE[stored],
         "worst_layer_error": report.worst_error,
-        "prompts": len(PROMPTS),
+        "prompts": len(inputs),
     }
 
 
@@ -93,9 +96,9 @@ def _beside(out: Path) -> Iterator[Path]:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def _prove(model: Any, tokenizer: Any, want: list[Tensor], held: torch.dtype) -> float:
+def _prove(model: Any, inputs: list[dict[str, Tensor]], want: list[Tensor], held: torch.dtype) -> float:
     """The largest relative difference of a model's logits from `want`, if the number format explains it."""
-    error = max(_relative(got, wanted) for got, wanted in zip(_logits(model, tokenizer), want, strict=True))
+    error = max(_relative(got, wanted) for got, wanted in zip(_logits(model, inputs), want, strict=True))
     if not error <= TOLERANCE[held]:
         raise MergeError(
             f"the merged model's logits are off by {error:.2g}, at most {TOLERANCE[held]:g} was expected",
@@ -104,9 +107,19 @@ def _prove(model: Any, tokenizer: Any, want: list[Tensor], held: torch.dtype) ->
     return error
 
 
+def _inputs(base: Base) -> list[dict[str, Tensor]]:
+    """What the proof is made on: the prompts; where a model reads something else, what the engine probes it with."""
+    if base.task == DEFAULT:
+        return [{"input_ids": torch.tensor([base.tokenizer.encode(text)])} for text in PROMPTS]
+    task = task_named(base.task)(base.model)
+    probe = task.probe()
+    batches = [task.rows(probe, [i]) for i in range(len(probe))]
+    return [{name: torch.as_tensor(array) for name, array in batch.inputs.items()} for batch in batches]
+
+
 @torch.no_grad()
-def _logits(model: Any, tokenizer: Any) -> list[Tensor]:
-    return [model(input_ids=torch.tensor([tokenizer.encode(text)])).logits[0].float() for text in PROMPTS]
+def _logits(model: Any, inputs: list[dict[str, Tensor]]) -> list[Tensor]:
+    return [model(**one).logits[0].float() for one in inputs]
 
 
 def _relative(got: Tensor, want: Tensor) -> float:

@@ -14,11 +14,11 @@ import json
 import signal
 import time
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rankwise.data.rows import is_file
-from rankwise.data.template import Template
+from rankwise.data.classes import Classes
 from rankwise.engine.evaluate import Evaluation
 from rankwise.engine.folder import RunFolder, held_folder
 from rankwise.engine.interrupt import Interrupted
@@ -26,14 +26,15 @@ from rankwise.engine.loop import Outcome, train
 from rankwise.engine.run import Loop, Run
 from rankwise.errors import DataError, RankwiseWarning
 from rankwise.formats.tensors import write_text
-from rankwise.frozen.load import Base, load_base
+from rankwise.frozen.load import Base
 from rankwise.jobs.documents import Documents, read_documents
-from rankwise.jobs.evaluate import evaluate_finite, load_adapter
+from rankwise.jobs.evaluate import evaluate_finite, frequencies, load_adapter
 from rankwise.jobs.machine import machine_facts, peak_memory_bytes, versions
 from rankwise.jobs.plan import predicted_training
 from rankwise.jobs.plan_text import plan_text
+from rankwise.jobs.reader import Reader, check_sources, learnt_classes, load_for, reader_for
 from rankwise.jobs.request import TrainRequest
-from rankwise.jobs.samples import sample_answers
+from rankwise.jobs.samples import samples as sampled
 from rankwise.jobs.tracking import check_trackers, tracked
 from rankwise.jobs.watch import Advance, Watch
 from rankwise.reports.card import write_card
@@ -71,25 +72,32 @@ def _way_on(request: TrainRequest, saved: str) -> str:
     return f" before the first step.  Begin again with:\n  {request.command()}"
 
 
+@dataclass(frozen=True)
+class _Subject:
+    """What a run is about: the model, how it is talked to, and what it is to tell apart."""
+
+    base: Base
+    reader: Reader
+    classes: Classes | None
+
+
 def _run(request: TrainRequest, folder: RunFolder, watch: Watch) -> dict[str, Any]:
-    for source in (*request.data, *filter(None, (request.valid, request.test))):
-        is_file(source)  # one that is missing is found out before a model is loaded
     check_trackers(request.track)
-    with watch.stage(f"loading {request.model}"):
-        base = load_base(request.model, dtype=request.dtype, device=request.device)
-    template = Template(base.tokenizer, request.train_on)
-    documents = read_documents(request, template, watch)
+    subject = _subject(request, watch)
+    documents = read_documents(request, subject.reader, watch)
+    base = subject.base
     with Bank(base.model) as bank:
         if request.continue_from is None:
-            bank.add(ADAPTER, request.spec, seed=request.seed)
+            bank.add(ADAPTER, request.spec_with(base.fresh), seed=request.seed)
         else:
-            load_adapter(bank, ADAPTER, request.continue_from, base, template, force=request.force)
+            load_adapter(bank, ADAPTER, request.continue_from, base, subject.reader.digest, force=request.force)
         memory = predicted_training(request, base, bank, documents.train)
-        watch.say(plan_text(request, base, bank, documents, template, memory))
+        watch.say(plan_text(request, base, bank, documents, subject.reader, memory))
         began = time.monotonic()
         outcome = _train(bank, request, documents, folder, watch)
-        facts = _facts(request, base, documents, template) | {
-            "training": _training_facts(folder, outcome, time.monotonic() - began, len(documents.train.tokens))
+        tokens = int(documents.train.lengths().sum())
+        facts = _facts(request, subject, documents) | {
+            "training": _training_facts(folder, outcome, time.monotonic() - began, tokens)
             | {"predicted_memory_bytes": memory.peak if memory is not None else None}
         }
         bank.save(ADAPTER, request.out, facts)
@@ -99,7 +107,19 @@ def _run(request: TrainRequest, folder: RunFolder, watch: Watch) -> dict[str, An
                 RankwiseWarning,
                 stacklevel=2,
             )
-        return _finish(bank, base, template, request, documents, facts, watch)
+        return _finish(bank, subject, request, documents, facts, watch)
+
+
+def _subject(request: TrainRequest, watch: Watch) -> _Subject:
+    """The model with its reader; what is wrong with the sources is found out before anything is loaded."""
+    judged = {part: source for part in ("valid", "test") if (source := getattr(request, part)) is not None}
+    check_sources(request.task, [*request.data, *judged.values()])
+    classes = learnt_classes(request.task, request.data, judged)
+    loading: dict[str, Any] = {"dtype": request.dtype, "device": request.device, "seed": request.seed}
+    with watch.stage(f"loading {request.model}"):
+        base, classes = load_for(request.model, request.task, classes, **loading)
+    reading: dict[str, Any] = {name: getattr(request, name) for name in ("max_length", "overlong", "train_on", "seed")}
+    return _Subject(base, reader_for(base, classes, **reading), classes)
 
 
 def _train(bank: Bank, request: TrainRequest, documents: Documents, folder: RunFolder, watch: Watch) -> Outcome:
@@ -125,13 +145,16 @@ def _train(bank: Bank, request: TrainRequest, documents: Documents, folder: RunF
         )[ADAPTER]
 
 
-def _facts(request: TrainRequest, base: Base, documents: Documents, template: Template) -> dict[str, Any]:
+def _facts(request: TrainRequest, subject: _Subject, documents: Documents) -> dict[str, Any]:
+    base, classes = subject.base, subject.classes
     return {
+        "task": request.task,
+        **({"classes": classes.to_json()} if classes is not None else {}),
         "versions": versions(),
         "machine": machine_facts(base.device, base.precision),
         "settings": request.table(),
         "data": documents.facts,
-        "template": {"digest": template.digest},
+        "template": {"digest": subject.reader.digest},
         "command": request.command(),
     }
 
@@ -157,8 +180,7 @@ def _training_facts(folder: RunFolder, outcome: Outcome, seconds: float, epoch_t
 
 def _finish(
     bank: Bank,
-    base: Base,
-    template: Template,
+    subject: _Subject,
     request: TrainRequest,
     documents: Documents,
     facts: dict[str, Any],
@@ -168,15 +190,16 @@ def _finish(
     found: Evaluation | None = None
     if len(documents.test) > 1:
         with watch.stage("comparing with the base") as advance:
-            found = _compared(bank, documents, advance)
+            found = _compared(bank, subject, documents, advance)
     if found is not None:
         _write_json(request.out / "evaluation.json", found.record())
     with watch.stage("answering samples") as advance:
-        samples = sample_answers(bank, ADAPTER, base.tokenizer, template, documents.test, advance)
+        samples = sampled(bank, ADAPTER, subject.base.tokenizer, subject.reader, documents.test, advance)
     _write_json(request.out / "samples.json", samples)
     with watch.stage("writing the report"):
         report, _ = write_report(request.out), write_card(request.out)
     return {
+        "task": request.task,
         "out": str(request.out),
         "report": str(report),
         "spec": bank.adapter(ADAPTER).spec.model_dump(mode="json"),
@@ -187,10 +210,11 @@ def _finish(
     }
 
 
-def _compared(bank: Bank, documents: Documents, advance: Advance) -> Evaluation | None:
+def _compared(bank: Bank, subject: _Subject, documents: Documents, advance: Advance) -> Evaluation | None:
     """The comparison, or a warning in its place: what was learnt is saved, so this must not end the run."""
     try:
-        return evaluate_finite(bank, [ADAPTER], documents.test, advance)
+        shares = frequencies(subject.base, subject.classes)
+        return evaluate_finite(bank, [ADAPTER], documents.test, advance, shares)
     except DataError as error:
         warnings.warn(f"not compared with the base: {error.message}", RankwiseWarning, stacklevel=2)
         return None

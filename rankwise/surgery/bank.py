@@ -356,7 +356,7 @@ def _task(model: nn.Module) -> str | None:
 
 def _declare_untied(model: nn.Module) -> None:
     config: Any = getattr(model, "config", None)
-    if not isinstance(model, PreTrainedModel) or not config.tie_word_embeddings:
+    if not isinstance(model, PreTrainedModel) or not getattr(config, "tie_word_embeddings", False):
         return
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is not None and head.weight is not embedding.weight:

@@ -74,7 +74,8 @@ def choose_sites(spec: LoraSpec, sites: Mapping[str, Site], modules: Sequence[st
     """
     problems: list[str] = []
     if isinstance(spec.targets, str):
-        chosen = _by_preset(spec.targets, sites) or _by_regex(spec.targets, sites)
+        # A preset means what is there to be adapted: not what the same spec trains whole.
+        chosen = _outside(spec.modules_to_save, _by_preset(spec.targets, sites)) or _by_regex(spec.targets, sites)
         if not chosen:
             problems.append(f"targets {spec.targets!r} match no layer")
     else:
@@ -96,6 +97,14 @@ def choose_sites(spec: LoraSpec, sites: Mapping[str, Site], modules: Sequence[st
 def _by_preset(word: str, sites: Mapping[str, Site]) -> dict[str, Site]:
     roles = TARGET_ROLES.get(word, frozenset())
     return {path: site for path, site in sites.items() if site.role in roles}
+
+
+def _outside(whole: Sequence[str], chosen: dict[str, Site]) -> dict[str, Site]:
+    def held(path: str) -> bool:
+        parts = path.split(".")
+        return any(_is_called(name, ".".join(parts[:i])) for name in whole for i in range(1, len(parts) + 1))
+
+    return {path: site for path, site in chosen.items() if not held(path)}
 
 
 def _by_regex(pattern: str, sites: Mapping[str, Site]) -> dict[str, Site]:

@@ -53,6 +53,7 @@ EVERYTHING = {
     "dtype": "bfloat16",
     "device": "cpu",
     "track": ("tensorboard", "wandb"),
+    "task": "seq2seq",
 }
 
 
@@ -67,7 +68,7 @@ def asked(command: str) -> TrainRequest:
 def test_every_setting_is_an_option_and_every_option_a_setting():
     options = {parameter.name for parameter in TRAIN.params} - {"config", "json"}
     assert options == set(TrainRequest.model_fields)
-    assert set(EVERYTHING) == options - {"scenario", "continue_from", "resume"}
+    assert set(EVERYTHING) == options - {"scenario", "continue_from", "resume", "batch_documents"}
 
 
 def test_the_command_asks_for_the_same():
@@ -86,6 +87,35 @@ def test_the_command_of_further_training_and_of_a_scenario():
     assert asked(further.command()) == further
     quick = TrainRequest(**LEAST, scenario="quick", rank=2)
     assert asked(quick.command()) == quick
+
+
+TASKS = ("causal-lm", "masked-lm", "seq2seq", "sequence-classification", "image-classification")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_task_brings_its_own_defaults_with_their_reasons_and_they_are_no_part_of_the_command(task):
+    request = TrainRequest(**LEAST, task=task)
+    assert request.command() == f"rankwise train --model m --data d.jsonl --out o --task {task}"
+    assert asked(request.command()) == request
+    reasons = {row["name"]: row["reason"] for row in request.table()}
+    usual = TrainRequest(**LEAST)
+    own = {name for name in TrainRequest.model_fields if getattr(request, name) != getattr(usual, name)} - {"task"}
+    assert bool(own) == (task != "causal-lm")
+    assert all(reasons[name].startswith(f"{task}: ") for name in own)
+    assert reasons["task"] == "asked for"
+
+
+def test_what_is_asked_for_stands_over_the_defaults_of_a_task():
+    request = TrainRequest(**LEAST, task="sequence-classification", lr=1e-3, batch_tokens=2000)
+    assert (request.lr, request.batch_tokens, request.batch_documents) == (1e-3, 2000, None)
+    own, usual = TrainRequest(**LEAST, task="sequence-classification"), TrainRequest(**LEAST)
+    assert request.epochs == own.epochs != usual.epochs
+    assert {row["name"]: row["reason"] for row in request.table()}["lr"] == "asked for"
+
+
+def test_a_step_is_counted_in_one_way():
+    with pytest.raises(SpecError, match="not in both"):
+        TrainRequest(**LEAST, batch_tokens=100, batch_documents=8)
 
 
 def test_resume_and_what_is_switched_off_are_no_part_of_the_command():
@@ -153,6 +183,7 @@ force: true
 dtype: bfloat16
 device: cpu
 track: [tensorboard, wandb]
+task: seq2seq
 """
     assert TrainRequest(**config(tmp_path, text)) == TrainRequest(**EVERYTHING)
 
