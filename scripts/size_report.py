@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 FILE_LINES, FUNCTION_LINES, ARGUMENTS = 400, 60, 8
-ROOTS = ("rankwise", "tests", "benchmarks", "scripts")
+ROOTS = ("rankwise", "tests", "examples", "benchmarks", "scripts")
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 

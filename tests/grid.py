@@ -6,15 +6,17 @@ import hashlib
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from rankwise.adapters.spec import LoraSpec
 from rankwise.surgery.bank import Bank
 
-FORMS = ("lora", "dora")
+FORMS = ("lora", "dora", "adalora")
 SCALINGS = ("alpha/r", "alpha/sqrt(r)", "alpha")
-STORAGES = ("dense",)
+STORAGES = ("dense", "int8", "nf4")
 STARTS = ("kaiming", "gaussian")
 RESIDUAL_STARTS = ("pissa", "olora")
+RESIDUAL_FORMS = ("lora", "dora")  # the others have a start of their own
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -32,14 +34,17 @@ def trained(bank: Bank, name: str, chosen: LoraSpec, seed: int = 0, size: float 
 
 
 def state_of(model: nn.Module) -> tuple[object, ...]:
-    """All of a model that undoing must bring back: bytes, names, module identities, ties, flags."""
+    """All of a model that undoing must bring back: bytes, names, module identities, ties, flags, known tokens."""
     sha = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         sha.update(name.encode())
         sha.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     modules = tuple((path, id(module)) for path, module in model.named_modules(remove_duplicate=False))
     parameters = tuple((path, id(p), p.requires_grad) for path, p in model.named_parameters(remove_duplicate=False))
-    return sha.hexdigest(), modules, parameters
+    config = getattr(model, "config", None)
+    config = config.get_text_config() if isinstance(config, PreTrainedConfig) else None
+    said = [getattr(one, "vocab_size", None) for one in (model, config)]
+    return sha.hexdigest(), modules, parameters, said
 
 
 def relative(got: torch.Tensor, want: torch.Tensor) -> float:

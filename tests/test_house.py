@@ -20,7 +20,8 @@ from tests.grid import spec, trained
 from tests.models import tiny
 
 HOUSE = Path(rankwise.__file__).parent
-TORCH_FREE = ["settings", "errors", "cache", "adapters.spec", "adapters.scaling", "adapters.presets", "engine.run"]
+NAMES = ["spec", "scaling", "presets", "blocks", "selection"]
+TORCH_FREE = ["settings", "errors", "cache", *(f"adapters.{name}" for name in NAMES), "engine.run"]
 PLANNING = [f"planning.{path.stem}" for path in sorted((HOUSE / "planning").glob("*.py")) if path.stem != "__init__"]
 REPORTS = [f"reports.{path.stem}" for path in sorted((HOUSE / "reports").glob("*.py")) if path.stem != "__init__"]
 

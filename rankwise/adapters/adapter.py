@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rankwise.adapters.lowrank import LowRank
 from rankwise.adapters.spec import LoraSpec
+from rankwise.adapters.tokens import TokenRows
 from rankwise.errors import BankError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -37,24 +38,29 @@ class Adapter:
         sites: path → factors, in the model's order.
         modules: path → parameter name → tensor, for layers trained whole (`modules_to_save`).
         expects: path → frozen weight that was stored along and that the base must hold.
+        tokens: path → rows of an embedding or a head.
     """
 
     spec: LoraSpec
     sites: Mapping[str, LowRank]
     modules: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     expects: Mapping[str, Tensor] = field(default_factory=dict)
+    tokens: Mapping[str, TokenRows] = field(default_factory=dict)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor under a stable name: `<site>.A`, `<site>.B`, …, `<module>.<parameter>`."""
+        """Every tensor under a stable name: `<site>.A`, `<site>.B`, …, `<module>.<parameter>`, `<embedding>.rows`."""
         for path, factors in self.sites.items():
             yield from ((f"{path}.{name}", tensor) for name, tensor in factors.state_dict().items())
         for path, parameters in self.modules.items():
             for name, tensor in parameters.items():
                 yield f"{path}.{name}", tensor.detach()
+        for path, own in self.tokens.items():
+            yield f"{path}.rows", own.rows.detach()
 
     def plain(self) -> Adapter:
-        """The same in the tensors that every tool can read: residual starts are written out."""
-        return replace(self, sites={path: factors.plain() for path, factors in self.sites.items()})
+        """The same in the tensors that every tool can read: A and B of every site that has any rank left."""
+        plain = {path: factors.plain() for path, factors in self.sites.items()}
+        return replace(self, sites={path: factors for path, factors in plain.items() if factors.rank})
 
     def parameter_count(self) -> int:
         return sum(tensor.numel() for _, tensor in self.tensors())
@@ -64,6 +70,8 @@ class Adapter:
         sha = hashlib.sha256()
         for path, factors in sorted(self.sites.items()):
             sha.update(f"{path} {factors.scale!r}\n".encode())
+        for path, own in sorted(self.tokens.items()):
+            sha.update(f"{path} {own.ids.tolist()}\n".encode())
         for name, tensor in sorted(self.tensors(), key=itemgetter(0)):
             sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             sha.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())

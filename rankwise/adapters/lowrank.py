@@ -2,7 +2,9 @@
 
     form lora    W + s·B·A                                  arXiv:2106.09685, equation 3
     form dora    m ∘ (W + s·B·A) / ‖W + s·B·A‖              arXiv:2402.09353, equation 5, norms by output
+    form adalora W + s·B·Λ·A, Λ diagonal                    arXiv:2303.10512, equation 3, with P for B and Q for A
 
+Of form `adalora` single directions (a column of B, a number of Λ, a row of A) can be left out, for a while or for good.
 A residual start (PiSSA, OLoRA) has factors A₀ and B₀ that are not zero, and the base is never changed for it: what
 was there at the start is taken off again, so B·A above stands for B·A - B₀·A₀.
 
@@ -12,10 +14,14 @@ An embedding is the linear map from one-hot words to vectors: I words, O feature
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from rankwise.adapters.product import low_rank_product
+from rankwise.kernels.codes import Coded, Weight, dense
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,11 @@ class SiteShape:
     outputs: int
     inputs: int
     kernel: tuple[int, ...] = ()
+
+    @property
+    def width(self) -> int:
+        """Elements of a row of A."""
+        return self.inputs * math.prod(self.kernel)
 
     def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Of A, `[R, I, *K]`, and of B, `[O, R, *1]`."""
@@ -41,12 +52,17 @@ class LowRank(nn.Module):
     Args:
         A, B: `[R, I, *K]` and `[O, R, *1]`.
         m: magnitudes `[O]` of form `dora`.
+        lam: the diagonal of Λ `[R]` of form `adalora`.
         residual: whether A and B as they are now are to be taken off.
+
+    Attributes:
+        kept: of form `adalora`, which directions take part, ascending; None for all.
     """
 
     A0: Tensor | None
     B0: Tensor | None
     squares: Tensor | None
+    kept: Tensor | None
 
     def __init__(
         self,
@@ -56,36 +72,56 @@ class LowRank(nn.Module):
         dropout: float = 0.0,
         *,
         m: Tensor | None = None,
+        lam: Tensor | None = None,
         residual: bool = False,
     ) -> None:
         super().__init__()
         self.register_buffer("A0", A.clone() if residual else None)
         self.register_buffer("B0", B.clone() if residual else None)
         self.register_buffer("squares", None, persistent=False)
+        self.register_buffer("kept", None, persistent=False)
         self.A = nn.Parameter(A)
         self.B = nn.Parameter(B)
         self.m = None if m is None else nn.Parameter(m)
+        self.lam = None if lam is None else nn.Parameter(lam)
         self.scale = scale
-        self.dropout = dropout
+        # Draws nothing: it is where other tools look for dropout, as TRL does to switch it off for DPO.
+        self.drop = nn.Dropout(dropout)
+
+    @property
+    def dropout(self) -> float:
+        """The probability with which an input element of the branch is zeroed in training."""
+        return self.drop.p
 
     @property
     def rank(self) -> int:
-        """Of what is trained; `plain` has twice as much after a residual start."""
+        """Of what is trained; `plain` has twice as much after a residual start, and none of what is left out."""
         return self.A.shape[0]
+
+    @property
+    def empty(self) -> bool:
+        """Whether no direction is left to go through."""
+        return not (self.rank if self.kept is None else len(self.kept))
 
     @property
     def shape(self) -> SiteShape:
         return SiteShape(self.B.shape[0], self.A.shape[1], tuple(self.A.shape[2:]))
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A and B of the whole low-rank part, residual included; autograd reaches the parameters through them."""
+        """A and B of the whole low-rank part, Λ or residual included; autograd reaches the parameters through them."""
+        if self.lam is not None:
+            B, lam = self._taking_part(self.B, 1), self._taking_part(self.lam, 0)
+            return self._taking_part(self.A, 0), B * lam.view(1, -1, *(1 for _ in B.shape[2:]))
         if self.A0 is None or self.B0 is None:
             return self.A, self.B
         return torch.cat([self.A, self.A0]), torch.cat([self.B, -self.B0], dim=1)
 
+    def _taking_part(self, parameter: Tensor, dim: int) -> Tensor:
+        return parameter if self.kept is None else parameter.index_select(dim, self.kept)
+
     def plain(self) -> LowRank:
-        """The same without a residual, as every tool can read it."""
-        if self.A0 is None:
+        """The same in A and B alone, as every tool can read it; the rank may be 0."""
+        if self.A0 is None and self.lam is None:
             return self
         A, B = (factor.detach() for factor in self.factors())
         return LowRank(A, B, self.scale, self.dropout, m=None if self.m is None else self.m.detach())
@@ -102,6 +138,24 @@ class LowRank(nn.Module):
         A, B = (factor.double().flatten(1) for factor in self.factors())
         return abs(self.scale) * float(((B.t() @ B) * (A @ A.t())).sum().clamp(min=0).sqrt())
 
+    # ── form adalora ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def leave_out_all_but(self, kept: Tensor) -> None:
+        """For a while: what is left out keeps its place and can come back."""
+        self.kept = None if len(kept) == self.rank else kept.to(self.A.device)
+
+    @torch.no_grad()
+    def remove_what_is_left_out(self) -> None:
+        """For good, the tensors themselves: of the same parameters, whose gradients are 0 again."""
+        if self.kept is None or self.lam is None:
+            return
+        for name, dim in (("A", 0), ("B", 1), ("lam", 0)):
+            parameter = self.get_parameter(name)
+            reached, parameter.grad = parameter.grad is not None, None
+            parameter.data = self._taking_part(parameter, dim)
+            parameter.grad = torch.zeros_like(parameter) if reached else None
+        self.kept = None
+
     # ── form dora ────────────────────────────────────────────────────────────────────────────────────────────────
 
     @torch.no_grad()
@@ -111,14 +165,15 @@ class LowRank(nn.Module):
             self.squares = row_squares(weight)
 
     @torch.no_grad()
-    def norms(self, weight: Tensor) -> Tensor:
+    def norms(self, weight: Weight, dtype: torch.dtype) -> Tensor:
         """‖W + s·B·A‖ by output, `[O]`: a constant to the gradient, as in the paper's §4.3.
 
-        ‖W‖² + 2s⟨B, W·Aᵀ⟩ + s²·⟨B·(A·Aᵀ), B⟩ by rows: no matrix of the size of W is made.
+        ‖W‖² + 2s⟨B, W·Aᵀ⟩ + s²·⟨B·(A·Aᵀ), B⟩ by rows: no matrix of the size of W is made.  `dtype` is that
+        of the layer's products.
         """
-        known = row_squares(weight) if self.squares is None else self.squares
+        known = row_squares(dense(weight, dtype)) if self.squares is None else self.squares
         A, B = (factor.flatten(1).to(known.dtype) for factor in self.factors())
-        cross = (weight.flatten(1) @ A.t().to(weight.dtype)).to(B.dtype)
+        cross = _through(weight, A.to(dtype)).to(B.dtype)
         squares = known + 2 * self.scale * (B * cross).sum(1) + self.scale**2 * ((B @ (A @ A.t())) * B).sum(1)
         return squares.clamp(min=0).sqrt()
 
@@ -139,6 +194,11 @@ class LowRank(nn.Module):
         return self.m is None or (
             self.squares is not None and bool(torch.allclose(self.m, self.squares.sqrt().float()))
         )
+
+
+def _through(weight: Weight, A: Tensor) -> Tensor:
+    """W·Aᵀ, `[O, R]`."""
+    return low_rank_product(A, weight, None, ()).t() if isinstance(weight, Coded) else weight.flatten(1) @ A.t()
 
 
 def row_squares(weight: Tensor) -> Tensor:

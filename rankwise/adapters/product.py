@@ -21,19 +21,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rankwise.kernels.codes import Coded, Weight, dense
 from rankwise.kernels.gain import gain_gradients, scale_columns
 from rankwise.kernels.lowrank import Part, backward_product, forward_product, serves_product
 
 
 def low_rank_product(
-    x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[Part], *, compiled: bool = False
+    x: Tensor, weight: Weight, bias: Tensor | None, parts: Sequence[Part], *, compiled: bool = False
 ) -> Tensor:
     """`[..., I]` → `[..., O]`; rows are counted over the leading dimensions, flattened.
 
     Rows in no part pass through the base alone.  `weight` and `bias` are constants.  `compiled` lets the compiled path
     be taken where it serves these tensors; without it, rows of the base alone are to the bit what `F.linear` gives.
+    A weight in codes is made whole for the product and again for its gradient, or, compiled, never.  Under autocast all
+    takes place in its type.
     """
-    compiled = compiled and serves_product(x, weight, bias, parts)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+        weight = weight if isinstance(weight, Coded) else weight.to(dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return low_rank_product(x, weight, bias, parts, compiled=compiled)
+    compiled = (compiled or isinstance(weight, Coded)) and serves_product(x, weight, bias, parts)
     factors = [t for part in parts for t in (part.A, part.B, part.gain)]
     if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in factors)):
         product = _CompiledProduct if compiled else _LowRankProduct
@@ -47,9 +56,9 @@ def _dropped(x: Tensor, part: Part) -> Tensor:
     return x if part.keep is None else x.mul(part.keep).mul_(1 / (1 - part.dropout))
 
 
-def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[Part], kept: list[Tensor]) -> Tensor:
+def _forward(x: Tensor, weight: Weight, bias: Tensor | None, parts: Sequence[Part], kept: list[Tensor]) -> Tensor:
     """Adds to `kept`, for each part: A and B as the products saw them, and the shrink."""
-    y = F.linear(x, weight, bias)  # the very call the base makes, so that a fresh adapter changes no bit
+    y = F.linear(x, dense(weight, x.dtype), bias)  # the very call of the base: a fresh adapter changes no bit
     flat_x, flat_y = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
     for part in parts:
         rows = slice(part.start, part.stop)
@@ -65,13 +74,14 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[Par
 class _LowRankProduct(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, parts: tuple[Part, ...], *factors: Tensor | None
+        ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, parts: tuple[Part, ...], *factors: Tensor | None
     ) -> Tensor:
         kept: list[Tensor] = []
         y = _forward(x, weight, bias, parts, kept)
         gains = [part.gain for part in parts]
         # The gradient of a gain needs what the gain was applied to, which y itself tells.
-        ctx.save_for_backward(x, weight, bias, y if any(g is not None for g in gains) else None, *gains, *kept)
+        ctx.weight = weight
+        ctx.save_for_backward(x, bias, y if any(g is not None for g in gains) else None, *gains, *kept)
         ctx.parts = [(part.start, part.stop, part.scale, part.dropout, part.keep) for part in parts]
         ctx.master = [factor.dtype if factor is not None else None for factor in factors]
         ctx.set_materialize_grads(False)
@@ -83,11 +93,11 @@ class _LowRankProduct(torch.autograd.Function):
         count = len(ctx.parts)
         if g is None:
             return (None,) * (4 + 3 * count)
-        x, weight, bias, y, *kept = ctx.saved_tensors
+        x, bias, y, *kept = ctx.saved_tensors
         gains, kept, shape = kept[:count], kept[count:], x.shape
         x, g = x.reshape(-1, shape[-1]), g.reshape(-1, g.shape[-1])
         g, d_gains = _through_gains(g, y, bias, ctx.parts, gains)  # a gain's gradient has its type
-        dx = g @ weight if ctx.needs_input_grad[0] else None
+        dx = g @ dense(ctx.weight, g.dtype) if ctx.needs_input_grad[0] else None
         found: list[Tensor | None] = []
         for i, (start, stop, scale, dropout, keep) in enumerate(ctx.parts):
             A, B, shrink = kept[3 * i : 3 * i + 3]
@@ -109,12 +119,13 @@ class _LowRankProduct(torch.autograd.Function):
 class _CompiledProduct(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, parts: tuple[Part, ...], *factors: Tensor | None
+        ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, parts: tuple[Part, ...], *factors: Tensor | None
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         y, shrinks = forward_product(flat, weight, bias, parts)
         kept_y = y if any(part.gain is not None for part in parts) else None
-        ctx.save_for_backward(flat if parts else None, weight, bias, kept_y, *factors, *shrinks)
+        ctx.weight = weight
+        ctx.save_for_backward(flat if parts else None, bias, kept_y, *factors, *shrinks)
         ctx.parts = parts
         ctx.shape = x.shape
         ctx.set_materialize_grads(False)
@@ -126,12 +137,12 @@ class _CompiledProduct(torch.autograd.Function):
         count = len(ctx.parts)
         if g is None:
             return (None,) * (4 + 3 * count)
-        x, weight, bias, y, *kept = ctx.saved_tensors
+        x, bias, y, *kept = ctx.saved_tensors
         dx, found = backward_product(
             g.reshape(-1, g.shape[-1]),
             x,
             y,
-            weight,
+            ctx.weight,
             bias,
             ctx.parts,
             kept[3 * count :],

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from rankwise.cli.console import looking_on
-from rankwise.cli.options import Force, Json, Model
+from rankwise.cli.options import Force, Json, Model, Storage
 
 _HELP = "/reset forgets what was said, /exit leaves"
 
@@ -18,6 +18,7 @@ def chat(
     adapter: Annotated[Path | None, typer.Option(metavar="DIR", help="Talk to this adapter, not the base.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 512,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always gives the likeliest answer.")] = 0.0,
+    storage: Storage = None,
     force: Force = False,
     json: Json = False,
 ) -> None:
@@ -31,7 +32,8 @@ def chat(
     from rankwise.jobs.chat import Chat
 
     with looking_on(json) as watch:
-        talk = Chat(model, adapter, watch, max_new_tokens=max_new_tokens, temperature=temperature, force=force)
+        manner: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "storage": storage}
+        talk = Chat(model, adapter, watch, force=force, **manner)
         watch.say(_HELP)
         _converse(talk, json)
 

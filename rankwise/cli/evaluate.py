@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from rankwise.cli.console import looking_on, print_json
-from rankwise.cli.options import Data, Device, Dtype, Force, Json, Model
+from rankwise.cli.options import Data, Device, Dtype, Force, Json, Model, Storage
 
 
 def evaluate(
@@ -28,6 +28,7 @@ def evaluate(
         str | None, typer.Option(help="Answers that count: all or last [as in training].", show_default=False)
     ] = None,
     dtype: Dtype = "auto",
+    storage: Storage = None,
     device: Device = "auto",
     force: Force = False,
     json: Json = False,
@@ -41,9 +42,9 @@ def evaluate(
     """
     from rankwise.jobs.evaluate import run_evaluation
 
-    asked: dict[str, Any] = {"task": task, "max_length": max_length, "overlong": overlong, "train_on": train_on}
+    reading = {"task": task, "max_length": max_length, "overlong": overlong, "train_on": train_on, "storage": storage}
     with looking_on(json) as watch:
-        found = run_evaluation(model, adapter, data, watch, dtype=dtype, device=device, force=force, **asked)
+        found = run_evaluation(model, adapter, data, watch, dtype=dtype, device=device, force=force, **reading)
         if json:
             print_json(found)
             return
@@ -55,7 +56,8 @@ def _show(found: dict[str, Any], watch: Any) -> None:
     from rankwise.tasks import TASKS
 
     task = TASKS[found["task"]]
-    watch.say(f"{found['documents']:,} documents, {found['tokens']:,} {task.item}s; nats per {task.unit}")
+    judged = "" if task.classifies else f", {found['tokens']:,} {task.item}s"
+    watch.say(f"{found['documents']:,} documents{judged}; nats per {task.unit}")
     for words in left_out(found):
         watch.say(f"  {words}")
     base = found.get("reference", "base")

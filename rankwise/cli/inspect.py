@@ -52,6 +52,8 @@ def _show_adapter(found: dict[str, Any]) -> None:
         print(f"{path:{width}}  {site['rank']:4d}  {site['scale']:8.4g}  {site['delta_norm']:8.4g}")
     for path in found["modules"]:
         print(f"{path:{width}}  trained whole")
+    for path, tokens in found["tokens"].items():
+        print(f"{path:{width}}  rows of tokens {', '.join(map(str, tokens))}")
 
 
 def _show_model(found: dict[str, Any]) -> None:

@@ -32,8 +32,9 @@ def merge(
         if json:
             print_json(found)
         else:
+            rows = f" and rows of {found['tokens']} tokens" if found["tokens"] else ""
             print(
-                f"{found['out']}: {found['layers']} layers merged, stored as {found['dtype']}; logits differ from "
-                f"base + adapter by {found['logits_error']:.2g} on {found['prompts']} prompts "
+                f"{found['out']}: {found['layers']} layers{rows} merged, stored as {found['dtype']}; logits differ "
+                f"from base + adapter by {found['logits_error']:.2g} on {found['prompts']} prompts "
                 f"({found['tolerance']:g} allowed)"
             )

@@ -18,4 +18,8 @@ Adapter = Annotated[Path, typer.Option("--adapter", metavar="DIR", help="An adap
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
 Force = Annotated[bool, typer.Option("--force", help="Go on though the base or its chat template is another.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, bfloat16, float16 or float32.")]
+Storage = Annotated[
+    str | None,
+    typer.Option("--storage", help="How the base is held: dense, int8 or nf4 [as in training].", show_default=False),
+]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, …")]

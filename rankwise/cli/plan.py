@@ -25,6 +25,8 @@ def plan(
     targets: Annotated[
         str | None, _option("minimal, attention, mlp, all-linear, names with commas, or re:PATTERN [all-linear].")
     ] = None,
+    exclude: Annotated[str | None, _option("Layers left out of these; said alike [none].")] = None,
+    layers: Annotated[str | None, _option("Blocks by number, such as 0-11,20 or 16- [all].")] = None,
     dropout: Annotated[float | None, _option("Dropout of the adapter's input [0].")] = None,
     batch_tokens: Annotated[int | None, _option("Tokens of one optimiser step [4096].")] = None,
     micro_tokens: Annotated[int | None, _option("Tokens at once [by device].")] = None,
@@ -66,10 +68,10 @@ def _show(found: dict[str, Any]) -> None:
 
     asked, memory, machine = found["settings"], found["memory"], found["machine"]
     print(f"{found['model']}: {found['parameters']:,} parameters, from {found['source']}")
-    print(
-        f"{asked['method']}, {asked['storage']}, rank {asked['rank']}, {asked['targets']}, "
-        f"{machine['dtype']} on {machine['device']}"
-    )
+    named = {name: _named(asked[name]) for name in ("targets", "exclude", "layers")}
+    fewer = [f"{words} {named[name]}" for name, words in (("exclude", "without"), ("layers", "blocks")) if named[name]]
+    what = (asked["method"], asked["storage"], f"rank {asked['rank']}", named["targets"], *fewer)
+    print(f"{', '.join(what)}, {machine['dtype']} on {machine['device']}")
     for part in _PARTS:
         print(f"  {part:12} {shown(memory[part]):>9}")
     print(f"  {'peak':12} {shown(memory['peak']):>9}   (logits at once: {shown(memory['loss_chunk'])})")
@@ -84,6 +86,10 @@ def _show(found: dict[str, Any]) -> None:
         _show_measured(found["measured"], shown)
     for note in found["notes"]:
         print(f"note: {note}")
+
+
+def _named(value: str | list[str]) -> str:
+    return value if isinstance(value, str) else " ".join(value)
 
 
 def _show_methods(methods: list[dict[str, Any]], shown: Any) -> None:

@@ -154,7 +154,9 @@ def _labels(
     for source in [sources] if isinstance(sources, str | Path) else sources:
         for row in read_rows(source, split, problems):
             if row.fields.get(LABEL) is None:
-                problems.add(row.origin, f"has no {LABEL!r} (fields: {', '.join(map(repr, row.fields)) or 'none'})")
+                there = ", ".join(map(repr, row.fields)) or "none"
+                hint = f"a row has a text, or two, and {LABEL!r}; rename the fields"
+                problems.add(row.origin, f"has no {LABEL!r} (fields: {there})", hint=hint)
                 continue
             try:
                 said = label_of(row.fields)

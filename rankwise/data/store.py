@@ -65,6 +65,8 @@ class CorpusWriter:
             json.dump(manifest, file, indent=1, ensure_ascii=False)
             file.flush()
             os.fsync(file.fileno())
+        if _whole(self._folder, sums):
+            return  # another process wrote the same content in the meantime, and may be reading it
         shutil.rmtree(self._folder, ignore_errors=True)
         try:
             self._beside.rename(self._folder)
@@ -80,6 +82,16 @@ class CorpusWriter:
         for array in self._arrays:
             array.discard()
         shutil.rmtree(self._beside, ignore_errors=True)  # gone already when it was finished
+
+
+def _whole(folder: Path, sums: dict[str, list[Any]]) -> bool:
+    """Whether a folder holds these very arrays."""
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        same = manifest["schema"] == SCHEMA and manifest["sums"] == sums
+        return same and all(_fingerprint(folder / name) == sums[name] for name in _ARRAYS)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def save_corpus(corpus: Corpus, folder: Path) -> None:

@@ -11,8 +11,9 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from tokenizers import AddedToken
 
-from rankwise.errors import DataError
+from rankwise.errors import DataError, SpecError, listing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -189,6 +190,23 @@ class Tokeniser:
         rules |= {"truncation": None, "padding": None}  # states of the last call, not of the tokenizer
         named = {name: str(token) for name, token in self.tokenizer.special_tokens_map.items() if name != "pad_token"}
         return hashlib.sha256(json.dumps([rules, named], sort_keys=True).encode()).hexdigest()
+
+
+def add_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[int, ...]:
+    """Adds tokens to a tokenizer, each text whole wherever it stands, and says their ids.
+
+    They are words and no special tokens: what an answer says with them is shown.
+
+    Raises:
+        SpecError: a text is a token already; all of them are listed.
+    """
+    known = tokenizer.get_vocab()
+    problems = [f"{text!r} is one already (number {known[text]})" for text in texts if text in known]
+    if problems:
+        hint = "leave them out, or spell them otherwise"
+        raise SpecError(f"the tokenizer cannot take these tokens:\n{listing(problems)}", hint=hint)
+    tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in texts])
+    return tuple(tokenizer.convert_tokens_to_ids(list(texts)))
 
 
 def _joined(parts: Sequence[Masked]) -> Masked:

@@ -23,7 +23,7 @@ from rankwise.engine.agree import agree
 from rankwise.engine.attention import Rows, UnpackableError, packed, streaming
 from rankwise.engine.batch import Batch
 from rankwise.engine.blocks import fused_blocks
-from rankwise.engine.head import frozen_head_loss, measured_losses, trained_head_loss
+from rankwise.engine.head import Head, frozen_head_loss, measured_losses, trained_head_loss
 from rankwise.engine.outlet import NoOutletError, Outlet
 from rankwise.engine.tasks.causal import CausalLM
 from rankwise.engine.tasks.task import Documents, Layout, Task, Way
@@ -33,6 +33,7 @@ from rankwise.kernels.library import reclaim_memory_lazily
 from rankwise.surgery.bank import Bank
 from rankwise.surgery.layer import AdaptedLayer, Stand
 from rankwise.surgery.routing import Route, Router
+from rankwise.surgery.tokens import TokenHead
 
 Runs = Sequence[tuple[str | None, int]]  # adapter (None: the base) and how many documents it takes, in order
 
@@ -145,8 +146,8 @@ class Forward:
         with self._routed(batch, runs, tick=0):
             features, targets = self._features(batch)
             parts = [
-                measured_losses(features[items], logits, self._classes(features), targets[items])
-                for items, logits in self._logit_runs(batch, runs)
+                measured_losses(features[items], self._logits_of(name), self._classes(features), targets[items])
+                for items, name in _judged_runs(batch, runs)
             ]
         predicted = features.argmax(-1).cpu().numpy() if self.task.classifies else None
         return Losses(_per_document(torch.cat(parts), batch), predicted)
@@ -180,27 +181,28 @@ class Forward:
     def _loss(
         self, features: Tensor, targets: Tensor, weights: Tensor, batch: Batch, runs: Runs
     ) -> tuple[Tensor, Tensor]:
-        head = self._outlet.head
-        if head is not None and not any(name in self._trainers(head) for name, _ in runs):
-            return frozen_head_loss(features, getattr(head, "base", head), self._outlet.shaping, targets, weights)
+        head, shaping = self._outlet.head, self._outlet.shaping
+        with_words = isinstance(head, TokenHead)
+        if head is not None and not with_words and not any(name in self._trainers(head) for name, _ in runs):
+            return frozen_head_loss(features, getattr(head, "base", head), shaping, targets, weights)
         total, losses = features.new_zeros((), dtype=torch.float32), []
-        for items, logits in self._logit_runs(batch, runs):
+        for items, name in _judged_runs(batch, runs):
             own = features[items], targets[items], weights[items]
-            loss, each = trained_head_loss(own[0], logits, self._classes(features), *own[1:])
+            if with_words:
+                loss, each = frozen_head_loss(own[0], head.base, shaping, *own[1:], head.words(name))
+            else:
+                loss, each = trained_head_loss(own[0], self._logits_of(name), self._classes(features), *own[1:])
             total = total + loss
             losses.append(each)
         return total, torch.cat(losses)
-
-    def _logit_runs(self, batch: Batch, runs: Runs) -> Iterator[tuple[slice, Callable[[Tensor], Tensor]]]:
-        """The judged items of each run of documents, and the way from their features to logits."""
-        borders = np.searchsorted(batch.owners, np.cumsum([0, *(count for _, count in runs)]))
-        for (name, _), start, stop in zip(runs, borders[:-1], borders[1:], strict=True):
-            yield slice(int(start), int(stop)), self._logits_of(name)
 
     def _logits_of(self, name: str | None) -> Callable[[Tensor], Tensor]:
         head, shaping = self._outlet.head, self._outlet.shaping
         if head is None:
             return lambda logits: logits
+        if isinstance(head, TokenHead):
+            own = Head(head.base.weight, head.base.bias, head.words(name))
+            return lambda hidden: shaping(own.logits(hidden, hidden.new_empty(len(hidden), own.classes)))
 
         def through(hidden: Tensor) -> Tensor:
             # The tick stays that of the pass: a block that is computed again must draw the same dropout masks.
@@ -274,6 +276,13 @@ class _Probe:
             found.append(flat[torch.as_tensor(alone.sources, device=model.device)])
         task.check(examples, found)
         return cls(examples, found)
+
+
+def _judged_runs(batch: Batch, runs: Runs) -> Iterator[tuple[slice, str | None]]:
+    """The judged items of each run of documents, and its adapter."""
+    borders = np.searchsorted(batch.owners, np.cumsum([0, *(count for _, count in runs)]))
+    for (name, _), start, stop in zip(runs, borders[:-1], borders[1:], strict=True):
+        yield slice(int(start), int(stop)), name
 
 
 def _per_document(losses: Tensor, batch: Batch) -> np.ndarray:

@@ -10,6 +10,7 @@ Everything a step needs follows from its number (order, learning rate, dropout) 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -136,7 +137,7 @@ class _Training:
         self.micro_tokens = max(1, (loop.micro_tokens or MICRO_TOKENS.get(device, 8192)) // len(runs))
         self.evaluate_every = loop.evaluate_every or max(1, round(self.steps / _EVALUATIONS))
         self.save_every = loop.save_every or self.evaluate_every
-        self.trainees = {name: Trainee(bank, name, run) for name, run in runs.items()}
+        self.trainees = {name: Trainee(bank, name, run, self.steps) for name, run in runs.items()}
         self.status = dict.fromkeys(runs, "learning")
         self.done = self.begun = 0  # steps; those made before this process
         self.judged = -1  # the step that was last judged
@@ -144,15 +145,8 @@ class _Training:
     # ── the course of a run ──────────────────────────────────────────────────────────────────────────────────────
 
     def go(self, interrupt: Interrupt) -> None:
-        self.show(
-            {
-                "kind": "start",
-                "step": self.done,
-                "steps": self.steps,
-                "layout": self.forward.layout,
-                "reason": self.forward.reason,
-            }
-        )
+        layout = {"layout": self.forward.layout, "reason": self.forward.reason}
+        self.show({"kind": "start", "step": self.done, "steps": self.steps, **layout})
         try:
             while True:
                 at_end = self.done == self.steps or not self.active
@@ -191,6 +185,7 @@ class _Training:
             loss = float(losses.sum() / supervised)
             lr = trainee.run.lr_at(self.done, self.steps)
             norm = trainee.step(lr) if np.isfinite(loss) else None
+            self.prune(name)
             if norm is None:
                 trainee.forget()
                 self.skip(name, documents, losses)
@@ -198,21 +193,26 @@ class _Training:
             trainee.guard.take(loss)
             seconds = time.perf_counter() - begun
             self.tell(
-                {
-                    "kind": "step",
-                    "adapter": name,
-                    "loss": loss,
-                    "lr": lr,
-                    "grad_norm": norm,
-                    "seconds": seconds,
-                    **shared,
-                }
+                {"kind": "step", "adapter": name, "loss": loss, "lr": lr, "grad_norm": norm, "seconds": seconds}
+                | shared
+                | trainee.pruned()
             )
             if trainee.guard.diverged:
                 self.stop(name, "diverged")
         self.done += 1
         if self.done == min(self.begun + _STEPS_TO_BE_REACHED, self.steps):
             self.check_reached(names)
+
+    def prune(self, name: str) -> None:
+        """Of form `adalora`; the final ranks are an event."""
+        allocator = self.trainees[name].allocator
+        if allocator is None or allocator.settled:
+            return
+        self.trainees[name].prune(self.done + 1)
+        if allocator.settled:
+            sites = {f"rank {rank}": count for rank, count in sorted(Counter(allocator.ranks.values()).items())}
+            step = {"step": self.done + 1, "adapter": name}
+            self.tell({"kind": "event", "what": "ranks are final", **step, "sites": sites})
 
     def gather(self, documents: np.ndarray, names: list[str], interrupt: Interrupt) -> dict[str, np.ndarray]:
         """Gradients of one step; the summed loss of each document, by adapter.
@@ -251,16 +251,8 @@ class _Training:
                 self.stop(name, "diverged", message=f"the validation loss is {loss}")
                 continue
             best = self.done > 0 and trainee.judge(loss, self.done)
-            self.tell(
-                {
-                    "kind": "evaluation",
-                    "step": self.done,
-                    "adapter": name,
-                    "loss": loss,
-                    "documents": len(self.valid),
-                    "best": best,
-                }
-            )
+            event = {"kind": "evaluation", "step": self.done, "adapter": name, "loss": loss}
+            self.tell({**event, "documents": len(self.valid), "best": best})
             if self.loop.patience and trainee.stale >= self.loop.patience:
                 self.stop(name, "early")
         self.judged = self.done

@@ -13,7 +13,8 @@ class Rate:
     """Tensors that learn alike: `factor` times the run's rate.
 
     AdamW's decay is multiplied by the group's own rate; `weight_decay` is divided by it, so that every group decays
-    as at the run's rate.  Magnitudes are not decayed: their rest is the norm of the base's weight, not 0.
+    as at the run's rate.  Magnitudes and rows of tokens are not decayed: their rest is where they began, not 0.
+    Λ of form `adalora` learns at the rate of A.
     """
 
     role: str
@@ -31,11 +32,14 @@ def rates(bank: Bank, name: str, run: Run) -> list[Rate]:
     for path in bank.adapter(name).sites:
         lookup = bank.sites[path].kind.lookup
         roles |= {f"{path}.A": "A", f"{path}.B": "embedding B" if lookup else "B", f"{path}.m": "m"}
+        roles[f"{path}.lam"] = "lam"
+    roles |= {f"{path}.rows": "token rows" for path in bank.adapter(name).tokens}
     found: dict[str, list[str]] = {}
     for parameter, _ in bank.named_parameters(name):
         found.setdefault(roles.get(parameter, "whole"), []).append(parameter)
     groups = []
     for role, names in found.items():
         factor = run.lr_ratio if role in ("B", "m") else 1.0
-        groups.append(Rate(role, factor, 0.0 if role == "m" else run.weight_decay / factor, tuple(names)))
+        decay = 0.0 if role in ("m", "token rows") else run.weight_decay / factor
+        groups.append(Rate(role, factor, decay, tuple(names)))
     return groups

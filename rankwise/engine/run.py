@@ -5,11 +5,45 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rankwise.settings import Settings
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Pruning(Settings):
+    """How form `adalora` comes down to its ranks (arXiv:2303.10512, algorithm 1).
+
+    The budget of directions, over all sites together, falls from what the adapter begins with along a cubic (equation
+    12) and goes to those whose importance is largest: |weight × gradient|, smoothed, times its smoothed uncertainty
+    (equations 7 to 11).  A direction that is left out keeps its last importance, and comes back if others fall below
+    it; at the end of the falling the allocation is final, and what is left out is removed.
+
+    Args:
+        target_rank: mean rank of a site at the end; None for two thirds of that at the start.
+        begin: share of the steps before the budget falls.
+        settle: share of the steps after it has fallen, at the final ranks.
+        every: steps between allocations.
+        orthogonality: weight of ‖BᵀB - 1‖² + ‖AAᵀ - 1‖², summed over the sites (equation 4); it is no part of any loss
+            that is told, and its gradient is added after clipping.
+        memory: of the two smoothings, a step.
+    """
+
+    target_rank: int | None = Field(default=None, ge=1)
+    begin: float = Field(default=0.1, ge=0, lt=1)
+    settle: float = Field(default=0.3, ge=0, lt=1)
+    every: int = Field(default=10, ge=1)
+    orthogonality: float = Field(default=0.1, ge=0)
+    memory: Beta = 0.85
+
+    @model_validator(mode="after")
+    def _leaves_time(self) -> Pruning:
+        if self.begin + self.settle >= 1:
+            raise ValueError(
+                f"begin {self.begin:g} and settle {self.settle:g} leave no steps in which the budget falls"
+            )
+        return self
 
 
 class Run(Settings):
@@ -24,6 +58,7 @@ class Run(Settings):
         weight_decay: decoupled, per step and relative to the learning rate.
         betas, eps: AdamW's.
         clip: largest norm of the adapter's gradient; longer ones are shortened to it.
+        pruning: of form `adalora` alone.
     """
 
     lr: float = Field(default=2e-4, gt=0)
@@ -34,6 +69,7 @@ class Run(Settings):
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
     clip: float = Field(default=1.0, gt=0)
+    pruning: Pruning = Field(default_factory=Pruning)
 
     def lr_at(self, step: int, steps: int) -> float:
         """Learning rate of a step (from 0) of so many."""

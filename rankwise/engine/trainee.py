@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankwise.engine.pruning import PARTS, Allocator
 from rankwise.engine.rates import rates
 from rankwise.engine.run import Run
 from rankwise.surgery.bank import Bank
@@ -59,10 +60,11 @@ class Trainee:
     Attributes:
         parameters: by name, as the bank names them.
         guard: what went wrong so far.
+        allocator: of form `adalora`, else None.
         best: the adapter's tensors where validation was best, and `best_loss`, `best_step`; None before the first.
     """
 
-    def __init__(self, bank: Bank, name: str, run: Run) -> None:
+    def __init__(self, bank: Bank, name: str, run: Run, steps: int) -> None:
         self.name, self.run = name, run
         self.parameters: dict[str, nn.Parameter] = dict(bank.named_parameters(name))
         for parameter in self.parameters.values():
@@ -77,32 +79,71 @@ class Trainee:
             fused=True,
         )
         self.guard = Guard()
+        triplets = {path: factors for path, factors in bank.adapter(name).sites.items() if factors.lam is not None}
+        self.allocator = Allocator(name, triplets, run.pruning, steps) if triplets else None
         self.best: dict[str, Tensor] | None = None
         self.best_loss, self.best_step = float("inf"), 0
         self.stale = 0
+        self.crooked = 0.0  # of form `adalora`, the orthogonality term of the last step
 
     def step(self, lr: float) -> float | None:
         """Clips and applies the gradients that have gathered; the norm before clipping, or None if not finite."""
         parameters = list(self.parameters.values())
-        norm = float(nn.utils.clip_grad_norm_(parameters, self.run.clip))
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
         finite = math.isfinite(norm)
         if finite:
+            if self.allocator is not None:
+                self.allocator.observe()
+            nn.utils.clip_grads_with_norm_(parameters, self.run.clip, norm)
+            if self.allocator is not None:
+                self.crooked = self.allocator.straighten()
             for group, own in zip(self.optimiser.param_groups, self.rates, strict=True):
                 group["lr"] = lr * own.factor
             self.optimiser.step()
         self.forget()
-        return norm if finite else None
+        return float(norm) if finite else None
+
+    def prune(self, step: int) -> None:
+        """After a step, from 1, of form `adalora`: the budget is allocated anew when it is time.
+
+        What is left out stays where it is.  When the allocation is final it is removed, and earlier weights, of a
+        larger adapter, are no candidates for the best any more.
+        """
+        if self.allocator is None or not self.allocator.allocate(step):
+            return
+        for path, factors in self.allocator.sites.items():
+            if factors.kept is not None:
+                for part, dim in PARTS:
+                    self._still(self.parameters[f"{path}.{part}"], dim, factors.kept, remove=self.allocator.due(step))
+        if self.allocator.due(step):
+            self.allocator.settle()
+            self.best, self.best_loss, self.best_step, self.stale = None, float("inf"), 0, 0
+
+    def _still(self, parameter: nn.Parameter, dim: int, kept: Tensor, *, remove: bool) -> None:
+        """The optimiser's moments of what is left out, set to 0 or removed."""
+        moments = self.optimiser.state[parameter]
+        for name in [name for name, moment in moments.items() if moment.dim()]:
+            own = moments[name].index_select(dim, kept)
+            moments[name] = own if remove else torch.zeros_like(moments[name]).index_copy_(dim, kept, own)
+
+    def pruned(self) -> dict[str, float]:
+        """Of form `adalora`, what a step's event says of it."""
+        if self.allocator is None:
+            return {}
+        return {"directions": sum(self.allocator.ranks.values()), "orthogonality": self.crooked}
 
     @property
     def unreached(self) -> list[str]:
         """Parameters that no micro-batch has given a gradient, not even one of 0.
 
-        Experts are left out: which of them are asked depends on the tokens, and a rare one may be asked later.
+        Experts are left out: which of them are asked depends on the tokens, and a rare one may be asked later.  So are
+        sites that have lost all their directions.
         """
+        pruned = {path for path, rank in self.allocator.ranks.items() if not rank} if self.allocator is not None else ()
         return [
             name
             for name, parameter in self.parameters.items()
-            if parameter.grad is None and "experts" not in name.split(".")
+            if parameter.grad is None and "experts" not in name.split(".") and name.rpartition(".")[0] not in pruned
         ]
 
     def forget(self) -> None:
@@ -110,7 +151,9 @@ class Trainee:
         self.optimiser.zero_grad(set_to_none=False)
 
     def judge(self, loss: float, step: int) -> bool:
-        """Takes in a validation loss; True if it is the best so far."""
+        """Takes in a validation loss; True if it is the best so far of what may be kept."""
+        if self.allocator is not None and not self.allocator.settled:
+            return False
         if loss < self.best_loss:
             self.best_loss, self.best_step, self.stale = loss, step, 0
             self.best = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
@@ -132,11 +175,12 @@ class Trainee:
         for name, parameter in self.parameters.items():
             for part, tensor in self.optimiser.state.get(parameter, {}).items():
                 kept[f"optimiser.{part}/{name}"] = tensor
-        return kept
+        return kept | (self.allocator.tensors() if self.allocator is not None else {})
 
     def numbers(self) -> dict[str, Any]:
         best = {"loss": self.best_loss, "step": self.best_step, "stale": self.stale} if self.best else None
-        return {"guard": self.guard.state(), "best": best}
+        pruning = None if self.allocator is None else self.allocator.numbers()
+        return {"guard": self.guard.state(), "best": best, "pruning": pruning}
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
@@ -144,14 +188,18 @@ class Trainee:
         best: dict[str, Tensor] = {}
         for key, tensor in tensors.items():
             kind, _, name = key.partition("/")
-            if kind == "parameter":
-                self.parameters[name].copy_(tensor)
+            if kind == "parameter":  # pruned, it is smaller than it began; as aligned in memory as it was, for the bits
+                self.parameters[name].data = torch.empty_like(tensor, device=self.parameters[name].device).copy_(tensor)
             elif kind == "best":
                 best[name] = tensor.to(self.parameters[name].device)
-            else:
+            elif kind.startswith("optimiser."):
                 parameter = self.parameters[name]
                 own = tensor if tensor.dim() == 0 else tensor.to(parameter.device)
                 self.optimiser.state[parameter][kind.removeprefix("optimiser.")] = own
+        for stepped in self.optimiser.state:
+            stepped.grad = torch.zeros_like(stepped)  # as after any step: a gradient of 0 is a step, none is not
+        if self.allocator is not None:
+            self.allocator.restore(tensors, numbers["pruning"])
         self.guard = Guard.of(numbers["guard"])
         if numbers["best"] is not None:
             self.best = best

@@ -14,12 +14,18 @@ RECORD = "rankwise.json"
 SCHEMA = 1
 
 
-def describe(adapter: Adapter, base: str, fingerprint: str, facts: dict[str, Any]) -> dict[str, Any]:
-    """The record of an adapter; `facts` are the run's own (data digests, template hash, metrics)."""
+def describe(adapter: Adapter, base: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    """The record of an adapter.
+
+    Args:
+        base: its `name`, its `fingerprint`, its `vocabulary`: the rows of tokens that the fingerprint is of, and its
+            `storage`: how its weights were held.
+        facts: the run's own (data digests, template hash, metrics).
+    """
     return {
         "schema": SCHEMA,
         "spec": adapter.spec.model_dump(mode="json"),
-        "base": {"name": base, "fingerprint": fingerprint},
+        "base": base,
         "digest": adapter.digest(),
         "parameters": adapter.parameter_count(),
         "sites": {
@@ -27,6 +33,7 @@ def describe(adapter: Adapter, base: str, fingerprint: str, facts: dict[str, Any
             for path, factors in adapter.sites.items()
         },
         "modules": sorted(adapter.modules),
+        "tokens": {path: rows.tokens for path, rows in adapter.tokens.items()},
         **facts,
     }
 
@@ -51,9 +58,14 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         raise AdapterFileError(f"{path}: not a rankwise record: {error!r}") from None
     if schema != SCHEMA:
         raise AdapterFileError(f"{path}: schema {schema!r}, this version reads {SCHEMA}", hint="update rankwise")
-    if not isinstance(base, dict) or not {"name", "fingerprint"} <= base.keys():
+    if not isinstance(base, dict) or not {"name", "fingerprint"} <= base.keys() or not _counts(base.get("vocabulary")):
         raise AdapterFileError(f"{path}: not a rankwise record: it does not say of which base")
     return record
+
+
+def _counts(vocabulary: Any) -> bool:
+    """Records from before there were tokens of adapters say nothing of it."""
+    return vocabulary is None or (type(vocabulary) is int and vocabulary >= 0)
 
 
 def check_base(record: dict[str, Any] | None, fingerprint: str, folder: Path) -> None:

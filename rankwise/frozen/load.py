@@ -15,7 +15,11 @@ from transformers.utils import logging
 from rankwise.errors import ModelError, SpecError, listing, nearest
 from rankwise.frozen.heads import class_names, head_parameters, may_be_fresh, set_classes, set_padding, whole_modules
 from rankwise.frozen.precision import Precision, choose_precision
+from rankwise.frozen.storing import StorageConfig, misfits
+from rankwise.kernels.sizes import Storage
 from rankwise.tasks import DEFAULT, TASKS, task_of
+
+_Shapes = tuple[tuple[int, ...], tuple[int, ...]]  # in the file, in the model
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class Base:
     Attributes:
         tokenizer: or, where pictures are read, the image processor.
         stored: the number format of the weights on disk, as the model's config says; float32 where it does not.
+        storage: how the weights of its linear layers are held: as they are, or in codes (frozen/coded.py).
         task: what it was loaded for.
         classes: their names, by number; () for a task without.
         fresh: modules that the checkpoint does not have, or has for other classes: they have to be trained whole.
@@ -36,6 +41,7 @@ class Base:
     device: torch.device
     precision: Precision
     stored: torch.dtype
+    storage: Storage = "dense"
     task: str = DEFAULT
     classes: tuple[str, ...] = ()
     fresh: tuple[str, ...] = ()
@@ -46,6 +52,8 @@ def load_base(
     *,
     dtype: str = "auto",
     device: str = "auto",
+    storage: Storage = "dense",
+    remainder_rank: int = 0,
     task: str = DEFAULT,
     classes: Sequence[str] = (),
     seed: int = 0,
@@ -57,6 +65,8 @@ def load_base(
             are never opened.
         dtype: `auto`, `bfloat16`, `float16` or `float32`.
         device: `auto` (a GPU when there is one), or as torch names them.
+        storage: `dense`, or `int8` or `nf4` for the linear layers, which are put in codes one by one as they are read.
+        remainder_rank: keep so much of what that takes away, for `init="loftq"`.
         task: one of `rankwise.tasks.TASKS`.
         classes: names of what is to be told apart, in order; by default those of the checkpoint.  A checkpoint without
             a head for them gets a fresh one.
@@ -73,20 +83,33 @@ def load_base(
     precision = choose_precision(place, dtype)
     logging.disable_progress_bar()
     config = _read(source, "config", AutoConfig)
+    _check_made_for(source, config, task)
     stored = getattr(config, "dtype", None) or torch.float32
     reader = _read_reader(source, config, task)
+    codes = None if storage == "dense" else StorageConfig(storage, remainder_rank)
+    loading = _Loading(source, config, precision.dtype, task, codes)
+    names: tuple[str, ...] = ()
     fresh: tuple[str, ...] = ()
     if not TASKS[task].classifies:
-        model = _read_weights(source, config, precision.dtype, task)
+        model = _read_weights(loading)
     else:
         known = set_classes(config, classes or class_names(config))
         if task == "sequence-classification":
             set_padding(config, reader)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model, fresh = _read_classifier(source, config, precision.dtype, task, known=known)
-    names = tuple(class_names(config)) if TASKS[task].classifies else ()
-    return Base(source, model.to(place).eval(), reader, place, precision, stored, task, names, fresh)
+            model, fresh = _read_classifier(loading, known=known)
+        names = tuple(class_names(config))
+    return Base(source, model.to(place).eval(), reader, place, precision, stored, storage, task, names, fresh)
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """A tokenizer by itself, from a folder.  Code that comes with it is never run.
+
+    Raises:
+        ModelError: it cannot be read; says why.
+    """
+    return _read(str(folder), "tokenizer", _class("AutoTokenizer"))
 
 
 def read_config(name: str | Path) -> Any:
@@ -125,6 +148,24 @@ def _class(name: str) -> Any:
     return getattr(transformers, name)
 
 
+def _check_made_for(source: str, config: Any, task: str) -> None:
+    """That transformers has a class for the task in this model's family.
+
+    Raises:
+        ModelError: it has none; says what the checkpoint was made for.
+    """
+    if type(config) in _class(TASKS[task].loads)._model_mapping:
+        return
+    made_as = next(iter(config.architectures or ()), "")
+    own = task_of(made_as, paired=config.is_encoder_decoder)
+    said = f"{source}: there is no model for {task} in the family {config.model_type!r}"
+    other = own is not None and own != task
+    raise ModelError(
+        f"{said}; the checkpoint is a {made_as}" if made_as else said,
+        hint=f"--task {own} is what it was made for" if other else "take a model that was made for the task",
+    )
+
+
 def _read_reader(source: str, config: Any, task: str) -> Any:
     """A tokenizer, or an image processor; a model of pictures that comes without one gets the plainest."""
     if TASKS[task].reads == "AutoTokenizer":
@@ -141,46 +182,57 @@ def _read_reader(source: str, config: Any, task: str) -> Any:
     return _read(source, "image processor", _class("AutoImageProcessor"), backend="pil")
 
 
-def _read_weights(source: str, config: Any, dtype: torch.dtype, task: str) -> Any:
+@dataclass(frozen=True)
+class _Loading:
+    """What is read, and how; `codes` None holds weights as they are."""
+
+    source: str
+    config: Any
+    dtype: torch.dtype
+    task: str
+    codes: StorageConfig | None
+
+    def model(self) -> tuple[Any, list[str], dict[str, _Shapes]]:
+        """The model, the parameters that are missing, and those whose shape is another in the file."""
+        wanted = {"config": self.config, "dtype": self.dtype, "quantization_config": self.codes}
+        told = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, found = _read(self.source, "weights", _class(TASKS[self.task].loads), **wanted, **told)
+        mismatched = [*found["mismatched_keys"], *misfits(model)]
+        return model, sorted(found["missing_keys"]), {name: (tuple(a), tuple(b)) for name, a, b in mismatched}
+
+    def check_whole(self, missing: Sequence[str], mismatched: dict[str, _Shapes]) -> None:
+        """That nothing is missing or of another shape.
+
+        Raises:
+            ModelError: something is.
+        """
+        problems = [f"{name}: missing" for name in missing]
+        problems += [f"{name}: {a} in the file, {b} in the model" for name, (a, b) in mismatched.items()]
+        if problems:
+            raise ModelError(
+                f"{self.source}: its weights do not fit its config:\n{listing(problems)}", hint=_way_out(self.source)
+            )
+
+
+def _read_weights(loading: _Loading) -> Any:
     """The model; where a weight is missing or has another shape, transformers would go on with random numbers."""
-    model, missing, mismatched = _loaded(source, config, dtype, task)
-    _check_whole(source, missing, mismatched)
+    model, missing, mismatched = loading.model()
+    loading.check_whole(missing, mismatched)
     return model
 
 
-def _read_classifier(
-    source: str, config: Any, dtype: torch.dtype, task: str, *, known: bool
-) -> tuple[Any, tuple[str, ...]]:
+def _read_classifier(loading: _Loading, *, known: bool) -> tuple[Any, tuple[str, ...]]:
     """The model, and its fresh modules: what stands behind the base may be missing, or be made for other classes."""
     talk = logging.get_verbosity()
     logging.set_verbosity_error()  # what is missing is told here, and how it is made good
     try:
-        model, missing, mismatched = _loaded(source, config, dtype, task)
+        model, missing, mismatched = loading.model()
     finally:
         logging.set_verbosity(talk)
     fresh = [name for name in (*missing, *mismatched) if may_be_fresh(model, name)]
     rest = [name for name in missing if name not in fresh]
-    _check_whole(source, rest, {name: shapes for name, shapes in mismatched.items() if name not in fresh})
+    loading.check_whole(rest, {name: shapes for name, shapes in mismatched.items() if name not in fresh})
     return model, whole_modules(model, fresh if known else [*fresh, *head_parameters(model)])
-
-
-def _loaded(
-    source: str, config: Any, dtype: torch.dtype, task: str
-) -> tuple[Any, list[str], dict[str, tuple[tuple[int, ...], tuple[int, ...]]]]:
-    """The model, the parameters that are missing, and those whose shape is another in the file."""
-    wanted = {"config": config, "dtype": dtype, "use_safetensors": True}
-    told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, found = _read(source, "weights", _class(TASKS[task].loads), **wanted, **told)
-    return model, sorted(found["missing_keys"]), {n: (tuple(a), tuple(b)) for n, a, b in found["mismatched_keys"]}
-
-
-def _check_whole(
-    source: str, missing: Sequence[str], mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
-) -> None:
-    problems = [f"{name}: missing" for name in missing]
-    problems += [f"{name}: {a} in the file, {b} in the model" for name, (a, b) in mismatched.items()]
-    if problems:
-        raise ModelError(f"{source}: its weights do not fit its config:\n{listing(problems)}", hint=_way_out(source))
 
 
 def _source(name: str | Path) -> str:

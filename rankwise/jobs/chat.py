@@ -10,9 +10,11 @@ from rankwise.data.template import Template
 from rankwise.engine.generate import answer, stops_of
 from rankwise.errors import DataError
 from rankwise.frozen.load import load_base
-from rankwise.jobs.evaluate import load_adapter
+from rankwise.jobs.evaluate import as_trained, check_task, load_adapter
+from rankwise.jobs.vocabulary import with_tokens_of
 from rankwise.jobs.watch import Watch
 from rankwise.surgery.bank import Bank
+from rankwise.tasks import DEFAULT
 
 _NAME = "adapter"
 
@@ -24,6 +26,7 @@ class Chat:
         model, adapter: base, and the adapter to talk to; None talks to the base.
         max_new_tokens: length of an answer at the most.
         temperature: 0 always gives the likeliest answer.
+        storage: how the base is held; None as the adapter was trained.
         force: talk to an adapter of another base or template all the same.
 
     Raises:
@@ -39,10 +42,15 @@ class Chat:
         *,
         max_new_tokens: int = 512,
         temperature: float = 0.0,
+        storage: str | None = None,
         force: bool = False,
     ) -> None:
+        adapters = [adapter] if adapter is not None else []
+        for folder in adapters:
+            check_task(folder, DEFAULT)  # before a model is loaded for what it is not
         with watch.stage(f"loading {model}"):
-            self.base = load_base(model)
+            base = load_base(model, storage=as_trained(adapters, {"storage": storage})["storage"])
+            self.base = with_tokens_of(base, adapters, force=force)
             self.template = Template(self.base.tokenizer)
         if self.template.chat is None:
             raise DataError(f"{model} has no chat template", hint="chat with an instruct model")

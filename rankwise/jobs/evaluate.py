@@ -21,7 +21,9 @@ from rankwise.formats.record import read_record
 from rankwise.frozen.load import Base
 from rankwise.jobs.defaults import BY_TASK
 from rankwise.jobs.reader import check_sources, load_for, reader_for
+from rankwise.jobs.vocabulary import with_tokens_of
 from rankwise.jobs.watch import Advance, Watch
+from rankwise.kernels.sizes import Storage
 from rankwise.surgery.bank import Bank
 from rankwise.tasks import DEFAULT, TASKS
 
@@ -40,8 +42,9 @@ def run_evaluation(
     """Losses of the base and of every adapter on the same documents, with paired 95 % intervals.
 
     Args:
-        reading: `task`, `max_length`, `overlong`, `train_on`, `seed`, as `rankwise train` has them; None is what all
-            adapters were trained with, and where they differ or do not say, what `rankwise train` does by itself.
+        reading: `task`, `max_length`, `overlong`, `train_on`, `seed`, `storage`, as `rankwise train` has them; None is
+            what all adapters were trained with, and where they differ or do not say, what `rankwise train` does by
+            itself.
 
     Returns:
         `{"task", "documents", "tokens", "base": {"loss"}, "adapters": [{"name", "loss", "delta": {"mean", "low",
@@ -59,10 +62,13 @@ def run_evaluation(
     adapters = [folder.expanduser() for folder in adapters]
     names = folder_names(adapters)
     task = trained_task(adapters, reading.pop("task", None))
-    asked = _as_trained(adapters, task, reading)
+    asked = as_trained(adapters, reading, task)
     check_sources(task, data)
+    storage = asked.pop("storage")
     with watch.stage(f"loading {model}"):
-        base, classes = load_for(model, task, trained_classes(adapters, task), dtype=dtype, device=device)
+        known = trained_classes(adapters, task)
+        base, classes = load_for(model, task, known, dtype=dtype, device=device, storage=storage)
+    base = with_tokens_of(base, adapters, force=force)
     reader = reader_for(base, classes, **asked)
     with watch.stage("reading the documents") as advance:
         found = reader.read(data, "test", lambda rows, share: advance(share))
@@ -149,11 +155,18 @@ _TRAINED: dict[str, TypeAdapter[Any]] = {
     "overlong": TypeAdapter(Overlong),
     "train_on": TypeAdapter(TrainOn),
     "seed": TypeAdapter(Annotated[int, Field(ge=0)]),
+    "storage": TypeAdapter(Storage),
 }
-_BY_ITSELF: dict[str, Any] = {"max_length": 2048, "overlong": "truncate", "train_on": "all", "seed": 0}
+_BY_ITSELF: dict[str, Any] = {
+    "max_length": 2048,
+    "overlong": "truncate",
+    "train_on": "all",
+    "seed": 0,
+    "storage": "dense",
+}
 
 
-def _as_trained(adapters: Sequence[Path], task: str, asked: dict[str, Any]) -> dict[str, Any]:
+def as_trained(adapters: Sequence[Path], asked: dict[str, Any], task: str = DEFAULT) -> dict[str, Any]:
     """Each setting as asked for, else as in the training of all adapters, else as training has it by itself."""
     if unknown := asked.keys() - _TRAINED.keys():
         raise SpecError(f"no setting of reading: {', '.join(sorted(unknown))}", hint=", ".join(_TRAINED))
@@ -173,20 +186,29 @@ def _as_trained(adapters: Sequence[Path], task: str, asked: dict[str, Any]) -> d
     return chosen
 
 
+def check_task(folder: Path, task: str) -> None:
+    """That an adapter's record, if it has one, says this task.
+
+    Raises:
+        AdapterMismatchError: it says another.
+    """
+    trained_for = (read_record(folder) or {}).get("task", task)
+    if trained_for != task:
+        raise AdapterMismatchError(
+            f"{folder}: trained for {trained_for}, and the base is here for {task}",
+            hint="rankwise evaluate and merge find the task out by themselves; chat is for causal-lm",
+        )
+
+
 def load_adapter(bank: Bank, name: str, folder: Path, base: Base, digest: str, *, force: bool) -> None:
     """Loads an adapter and checks that the model is talked to as in training; `digest` is the reader's.
 
     Raises:
         AdapterMismatchError: another task, or, unless `force`, another base, chat template or tokenizer.
     """
-    record = read_record(folder) or {}
-    if record.get("task", base.task) != base.task:
-        raise AdapterMismatchError(
-            f"{folder}: trained for {record['task']}, and the base is here for {base.task}",
-            hint="rankwise evaluate and merge find the task out by themselves; chat is for causal-lm",
-        )
+    check_task(folder, base.task)
     bank.load(name, folder, force=force)
-    trained_with = record.get("template", {}).get("digest")
+    trained_with = (read_record(folder) or {}).get("template", {}).get("digest")
     if trained_with not in (None, digest) and not force:
         raise AdapterMismatchError(
             f"{folder}: trained with another chat template or tokenizer than {base.name} has",

@@ -42,6 +42,7 @@ def _adapter(folder: Path) -> dict[str, Any]:
         }
         for path, factors in adapter.sites.items()
     }
+    bare = not adapter.modules and not adapter.tokens
     return {
         "kind": "adapter",
         "path": str(folder),
@@ -50,10 +51,11 @@ def _adapter(folder: Path) -> dict[str, Any]:
         "parameters": adapter.parameter_count(),
         "digest": adapter.digest(),
         "spec": adapter.spec.model_dump(mode="json"),
-        "changes_nothing": not adapter.modules and not any(site["delta_norm"] for site in sites.values()),
+        "changes_nothing": bare and not any(site["delta_norm"] for site in sites.values()),
         "base": record["base"] if record is not None else _named_base(folder),
         "training": record.get("training") if record is not None else None,
         "modules": sorted(adapter.modules),
+        "tokens": {path: rows.tokens for path, rows in adapter.tokens.items()},
         "sites": sites,
     }
 

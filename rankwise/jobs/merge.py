@@ -17,6 +17,7 @@ from rankwise.errors import MergeError, RunFolderError
 from rankwise.frozen.load import Base, load_base
 from rankwise.jobs.evaluate import load_adapter, trained_classes, trained_task
 from rankwise.jobs.reader import load_for, reader_for
+from rankwise.jobs.vocabulary import with_tokens_of
 from rankwise.jobs.watch import Watch
 from rankwise.surgery.bank import Bank
 from rankwise.tasks import DEFAULT
@@ -49,11 +50,14 @@ def run_merge(model: str, adapter: Path, out: Path, watch: Watch, *, force: bool
     task = trained_task([adapter])
     with _beside(out.expanduser().resolve()) as place:
         with watch.stage(f"loading {model}"):
-            base, classes = load_for(model, task, trained_classes([adapter], task), dtype="float32", device="cpu")
+            loaded, classes = load_for(model, task, trained_classes([adapter], task), dtype="float32", device="cpu")
+        base = with_tokens_of(loaded, [adapter], force=force)
         stored = base.stored if base.stored in TOLERANCE else torch.float32
-        bank, inputs = Bank(base.model), _inputs(base)
+        bank = Bank(base.model)
         reader = reader_for(base, classes, max_length=2048, overlong="truncate", train_on="all")
         load_adapter(bank, _NAME, adapter, base, reader.digest, force=force)
+        own = sorted({i for rows in bank.adapter(_NAME).tokens.values() for i in rows.tokens})
+        inputs = _inputs(base, own)
         with watch.stage("base + adapter on the prompts"), bank.use(_NAME):
             want = _logits(base.model, inputs)
         with watch.stage("merging"):
@@ -67,6 +71,7 @@ def run_merge(model: str, adapter: Path, out: Path, watch: Watch, *, force: bool
     return {
         "out": str(out),
         "layers": report.layers,
+        "tokens": len(own),
         "dtype": str(stored).removeprefix("torch."),
         "logits_error": error,
         "tolerance": TOLERANCE[stored],
@@ -107,14 +112,20 @@ def _prove(model: Any, inputs: list[dict[str, Tensor]], want: list[Tensor], held
     return error
 
 
-def _inputs(base: Base) -> list[dict[str, Tensor]]:
-    """What the proof is made on: the prompts; where a model reads something else, what the engine probes it with."""
+def _inputs(base: Base, own: list[int]) -> list[dict[str, Tensor]]:
+    """What the proof is made on: the prompts, and the tokens that are the adapter's `own`.
+
+    Where a model reads something else, what the engine probes it with.
+    """
     if base.task == DEFAULT:
-        return [{"input_ids": torch.tensor([base.tokenizer.encode(text)])} for text in PROMPTS]
+        texts = [*(base.tokenizer.encode(text) for text in PROMPTS), *([own] if own else [])]
+        return [{"input_ids": torch.tensor([tokens])} for tokens in texts]
     task = task_named(base.task)(base.model)
     probe = task.probe()
     batches = [task.rows(probe, [i]) for i in range(len(probe))]
-    return [{name: torch.as_tensor(array) for name, array in batch.inputs.items()} for batch in batches]
+    found = [{name: torch.as_tensor(array) for name, array in batch.inputs.items()} for batch in batches]
+    alone = {name: torch.tensor([own]) for name in found[0] if name.endswith("input_ids")}
+    return [*found, alone] if own else found
 
 
 @torch.no_grad()

@@ -35,6 +35,7 @@ from rankwise.tasks import DEFAULT
 
 _STEPS = 2  # the second is the first with gradients and moments in place
 _NAME = "measured"
+_OF_SPEC = ("form", "rank", "targets", "exclude", "layers", "rank_pattern", "dropout")
 
 
 # ── measured ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -82,8 +83,7 @@ def _measure(model: str, settings: dict[str, Any]) -> dict[str, int]:
     described = describe(model)
     shapes = shapes_of(described.config, described.headers, described.name)
     process = resident_without(_parameter_bytes(base.model))
-    asked = {name: getattr(request, name) for name in ("form", "rank", "targets", "rank_pattern", "dropout")}
-    spec = LoraSpec(**asked)
+    spec = LoraSpec(**{name: getattr(request, name) for name in _OF_SPEC})
     loop = Loop(
         max_steps=_STEPS,
         batch_tokens=request.batch_tokens,
@@ -157,7 +157,9 @@ def _as_plan(request: TrainRequest, base: Base, bank: Bank, examples: Examples) 
     return PlanRequest(
         method=spec.form,
         rank=spec.rank,
-        targets=f"re:{spec.targets}" if _is_pattern(spec.targets) else spec.targets,
+        targets=_written(spec.targets),
+        exclude=_written(spec.exclude),
+        layers=spec.layers,
         rank_pattern=spec.rank_pattern,
         dropout=spec.dropout,
         batch_tokens=max(tokens, request.batch_tokens),
@@ -169,8 +171,9 @@ def _as_plan(request: TrainRequest, base: Base, bank: Bank, examples: Examples) 
     )
 
 
-def _is_pattern(targets: str | tuple[str, ...]) -> bool:
-    return isinstance(targets, str) and targets not in TARGET_ROLES
+def _written(named: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    """Targets or exclusions as a request has them."""
+    return f"re:{named}" if isinstance(named, str) and named not in TARGET_ROLES else named
 
 
 def _parameter_bytes(model: torch.nn.Module) -> int:

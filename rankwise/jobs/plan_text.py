@@ -9,6 +9,7 @@ from rankwise.frozen.load import Base
 from rankwise.jobs.documents import Documents
 from rankwise.jobs.reader import Reader
 from rankwise.jobs.request import TrainRequest
+from rankwise.jobs.vocabulary import token_counts
 from rankwise.planning.amounts import shown
 from rankwise.planning.memory import Memory
 from rankwise.surgery.bank import Bank
@@ -40,6 +41,8 @@ def plan_text(
             for (leaf, rank, scale), count in kinds.items()
         ),
         *(f"            {path}: trained whole" for path in adapter.modules),
+        *(f"            {path}: rows of {len(rows.tokens)} tokens" for path, rows in adapter.tokens.items()),
+        *_new_tokens(base, adapter.spec.new_tokens, documents),
         *_classes(base),
         *(f"[bold]{name:9}[/bold] {_counted(name, documents.facts)}" for name in documents.facts),
         *([_memory(memory)] if memory is not None else []),
@@ -49,6 +52,12 @@ def plan_text(
         _row(documents, reader),
     ]
     return "\n".join(lines)
+
+
+def _new_tokens(base: Base, ids: tuple[int, ...], documents: Documents) -> list[str]:
+    counts = token_counts(base.tokenizer, ids, documents.train)
+    named = ", ".join(f"{plain(text)} × {count:,}" for text, count in counts.items())
+    return [f"            new tokens, and how often they are met: {named}"] if ids else []
 
 
 def _memory(memory: Memory) -> str:

@@ -111,21 +111,18 @@ def learnt_classes(task: str, train: Sequence[str], judged: dict[str, str]) -> C
     return Classes(classes.names, classes.labels, tuple(counts))
 
 
-def load_for(
-    model: str, task: str, classes: Classes | None, *, dtype: str, device: str, seed: int = 0
-) -> tuple[Base, Classes | None]:
-    """The model for a task, and the classes in the order in which it has them.
+def load_for(model: str, task: str, classes: Classes | None, **loading: Any) -> tuple[Base, Classes | None]:
+    """The model for a task, and the classes in the order in which it has them; `loading` as of `load_base`.
 
     Raises:
         ModelError, SpecError: of loading.
     """
     if classes is None:
-        base = load_base(model, dtype=dtype, device=device, task=task, seed=seed)
+        base = load_base(model, task=task, **loading)
         own = base.classes
         return base, Classes(own, tuple(range(len(own)))) if own else None
     ordered = classes.as_ordered(class_names(read_config(model))) or classes
-    base = load_base(model, dtype=dtype, device=device, task=task, classes=ordered.names, seed=seed)
-    return base, ordered
+    return load_base(model, task=task, classes=ordered.names, **loading), ordered
 
 
 def reader_for(

@@ -12,9 +12,20 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from rankwise.adapters.presets import SCENARIOS
 from rankwise.adapters.scaling import Scaling
-from rankwise.adapters.spec import AlphaPattern, Form, Init, LoraSpec, RankPattern, named_targets, readable_targets
+from rankwise.adapters.spec import (
+    AlphaPattern,
+    Blocks,
+    Form,
+    Init,
+    LoraSpec,
+    RankPattern,
+    named_targets,
+    readable_exclusions,
+    readable_targets,
+)
 from rankwise.errors import SpecError
 from rankwise.jobs.defaults import BY_TASK
+from rankwise.kernels.sizes import Storage
 from rankwise.settings import Settings
 from rankwise.tasks import TaskName
 
@@ -50,6 +61,19 @@ def _targets(value: str | tuple[str, ...]) -> str | tuple[str, ...]:
     return value if isinstance(value, str) and value.startswith("re:") else found
 
 
+def _exclusions(value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    found = readable_exclusions(named_targets(value))
+    return value if isinstance(value, str) and value.startswith("re:") else found
+
+
+def _whole_tokens(texts: tuple[str, ...]) -> tuple[str, ...]:
+    """Texts of tokens that a command line can say, too."""
+    bad = [text for text in texts if not text.strip() or text != text.strip() or "," in text]
+    if bad or len(set(texts)) != len(texts):
+        raise ValueError("expected texts of tokens, each once, without commas in them or spaces around them")
+    return texts
+
+
 def _at_home(value: Any) -> Any:
     """`~` as the home folder: a file or an option written `--data=~/x` never met a shell that would say so."""
     if isinstance(value, tuple):
@@ -62,10 +86,14 @@ def _at_home(value: Any) -> Any:
 Place = Annotated[str | None, AfterValidator(_at_home)]
 Repeated = Annotated[tuple[str, ...], BeforeValidator(_one_or_many)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_by_commas)]
+NewTokens = Annotated[Names, AfterValidator(_whole_tokens)]
 
 _OF_SCENARIO = ("rank", "alpha", "targets")
-_OF_SPEC = ("rank", "form", "scaling", "dropout", "init", "rank_pattern", "alpha_pattern", "modules_to_save")
-_OF_ADAPTER = {"scenario", "alpha", "targets", *_OF_SPEC}  # what one that is trained further brings along
+_OF_SPEC = ("rank", "layers", "form", "scaling", "dropout", "init", "rank_pattern", "alpha_pattern", "modules_to_save")
+_OF_PRUNING = {"target_rank", "orthogonality"}
+_WITH_NEW_TOKENS: tuple[TaskName, ...] = ("causal-lm", "seq2seq")
+# What an adapter that is trained further brings along.
+_OF_ADAPTER = {"scenario", "alpha", "targets", "exclude", "add_tokens", *_OF_SPEC}
 
 
 class TrainRequest(Settings):
@@ -92,13 +120,18 @@ class TrainRequest(Settings):
     targets: Annotated[str | tuple[str, ...], AfterValidator(_targets)] = _default(
         "all-linear", "best quality in the guides; the q/v presets need less"
     )
-    form: Form = _default("lora", "LoRA; dora adds a magnitude for every output")
+    exclude: Annotated[str | tuple[str, ...], AfterValidator(_exclusions)] = _default((), "no layer is left out")
+    layers: Blocks = _default("", "every block")
+    form: Form = _default("lora", "LoRA; dora adds magnitudes, adalora moves ranks to where they matter")
     scaling: Scaling = _default("alpha/r", "the original; alpha/sqrt(r) is rsLoRA's, for high ranks")
     dropout: float = _default(0.0, "data are seen about once; 0.05 to 0.1 helps when they are seen often", ge=0, lt=1)
-    init: Init = _default("kaiming", "as loralib and PEFT; pissa and olora begin with the weight's own directions")
+    init: Init = _default("kaiming", "as loralib and PEFT; the others begin with the weight's own directions")
     rank_pattern: Annotated[RankPattern, BeforeValidator(_pairs)] = _default({}, "one rank everywhere")
     alpha_pattern: Annotated[AlphaPattern, BeforeValidator(_pairs)] = _default({}, "one alpha everywhere")
+    target_rank: int | None = _default(None, "of form adalora: two thirds of the rank at the start", ge=1)
+    orthogonality: float = _default(0.1, "of form adalora: as its paper", ge=0)
     modules_to_save: Names = _default((), "nothing is trained whole")
+    add_tokens: NewTokens = _default((), "the tokenizer stays as it is")
 
     lr: float = _default(2e-4, "inside the guides' range for LoRA, 1e-4 to 5e-4", gt=0)
     lr_ratio: float = _default(1.0, "one rate for A and B; LoRA+ takes 2 to 16", gt=0)
@@ -120,6 +153,7 @@ class TrainRequest(Settings):
     save_every: int = _default(0, "a checkpoint at every evaluation", ge=0)
     checkpointing: bool = _default(False, "a third more time; switch on when memory is short")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = _default("auto", "what this machine multiplies fast")
+    storage: Storage = _default("dense", "weights as they are; nf4 (QLoRA) or int8 where memory is short")
     device: str = _default("auto", "a GPU when there is one")
     track: Repeated = _default((), "metrics.jsonl holds everything")
 
@@ -151,6 +185,13 @@ class TrainRequest(Settings):
             raise ValueError(f"continue_from takes the adapter as it is; leave out {', '.join(clash)}")
         if self.batch_documents is not None and "batch_tokens" in self.model_fields_set:
             raise ValueError("a step is counted in batch_tokens or in batch_documents, not in both")
+        astray = sorted(_OF_PRUNING & self.model_fields_set)
+        if self.form != "adalora" and astray:
+            raise ValueError(f"{', '.join(astray)}: of form adalora alone, and the form is {self.form}")
+        if self.init == "loftq" and self.storage == "dense":
+            raise ValueError("init loftq begins with what rounding took away: it needs storage int8 or nf4")
+        if self.add_tokens and self.task not in _WITH_NEW_TOKENS:
+            raise ValueError(f"add_tokens are for what a model says, which task {self.task} does not teach")
         return self
 
     @property
@@ -161,7 +202,8 @@ class TrainRequest(Settings):
         """The adapter; `fresh` modules of the model are trained whole beside those asked for."""
         values = {name: getattr(self, name) for name in _OF_SPEC}
         values["modules_to_save"] = tuple(dict.fromkeys([*self.modules_to_save, *fresh]))
-        return LoraSpec(alpha=self._alpha, targets=named_targets(self.targets), **values)
+        named = {name: named_targets(getattr(self, name)) for name in ("targets", "exclude")}
+        return LoraSpec(alpha=self._alpha, **named, **values)
 
     @property
     def _alpha(self) -> float:

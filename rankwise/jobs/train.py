@@ -2,6 +2,7 @@
 
 out/
 ├── adapter_config.json  adapter_model.safetensors   PEFT's format
+├── tokenizer.json  tokenizer_config.json  …         where the adapter has tokens of its own
 ├── rankwise.json                                    everything about the run
 ├── metrics.jsonl  evaluation.json  samples.json     what was measured
 ├── README.md  report.html                           for people
@@ -19,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.data.classes import Classes
+from rankwise.data.tokeniser import add_tokens
 from rankwise.engine.evaluate import Evaluation
 from rankwise.engine.folder import RunFolder, held_folder
 from rankwise.engine.interrupt import Interrupted
 from rankwise.engine.loop import Outcome, train
-from rankwise.engine.run import Loop, Run
+from rankwise.engine.run import Loop, Pruning, Run
 from rankwise.errors import DataError, RankwiseWarning
 from rankwise.formats.tensors import write_text
 from rankwise.frozen.load import Base
@@ -36,6 +38,7 @@ from rankwise.jobs.reader import Reader, check_sources, learnt_classes, load_for
 from rankwise.jobs.request import TrainRequest
 from rankwise.jobs.samples import samples as sampled
 from rankwise.jobs.tracking import check_trackers, tracked
+from rankwise.jobs.vocabulary import token_counts, with_tokens_of
 from rankwise.jobs.watch import Advance, Watch
 from rankwise.reports.card import write_card
 from rankwise.reports.page import write_report
@@ -74,32 +77,47 @@ def _way_on(request: TrainRequest, saved: str) -> str:
 
 @dataclass(frozen=True)
 class _Subject:
-    """What a run is about: the model, how it is talked to, and what it is to tell apart."""
+    """What a run is about.
+
+    Attributes:
+        base: the model, and the tokenizer with every token that the adapter has for itself.
+        reader: how the model is talked to.
+        classes: what it is to tell apart; None for a task without.
+        new_tokens: numbers of those that were added for this run.
+        enlarged: the tokenizer is not the base's own, and travels with the adapter.
+    """
 
     base: Base
     reader: Reader
     classes: Classes | None
+    new_tokens: tuple[int, ...]
+    enlarged: bool
 
 
 def _run(request: TrainRequest, folder: RunFolder, watch: Watch) -> dict[str, Any]:
     check_trackers(request.track)
     subject = _subject(request, watch)
-    documents = read_documents(request, subject.reader, watch)
     base = subject.base
+    documents = read_documents(request, subject.reader, watch)
     with Bank(base.model) as bank:
         if request.continue_from is None:
-            bank.add(ADAPTER, request.spec_with(base.fresh), seed=request.seed)
+            spec = request.spec_with(base.fresh).model_copy(update={"new_tokens": subject.new_tokens})
+            bank.add(ADAPTER, spec, seed=request.seed)
         else:
             load_adapter(bank, ADAPTER, request.continue_from, base, subject.reader.digest, force=request.force)
         memory = predicted_training(request, base, bank, documents.train)
         watch.say(plan_text(request, base, bank, documents, subject.reader, memory))
+        _warn_of_unmet(subject, documents)
         began = time.monotonic()
         outcome = _train(bank, request, documents, folder, watch)
         tokens = int(documents.train.lengths().sum())
         facts = _facts(request, subject, documents) | {
+            "new_tokens": dict(zip(request.add_tokens, subject.new_tokens, strict=True)),
             "training": _training_facts(folder, outcome, time.monotonic() - began, tokens)
-            | {"predicted_memory_bytes": memory.peak if memory is not None else None}
+            | {"predicted_memory_bytes": memory.peak if memory is not None else None},
         }
+        if subject.enlarged:
+            base.tokenizer.save_pretrained(request.out)
         bank.save(ADAPTER, request.out, facts)
         if outcome.failed:
             warnings.warn(
@@ -115,16 +133,27 @@ def _subject(request: TrainRequest, watch: Watch) -> _Subject:
     judged = {part: source for part in ("valid", "test") if (source := getattr(request, part)) is not None}
     check_sources(request.task, [*request.data, *judged.values()])
     classes = learnt_classes(request.task, request.data, judged)
-    loading: dict[str, Any] = {"dtype": request.dtype, "device": request.device, "seed": request.seed}
     with watch.stage(f"loading {request.model}"):
-        base, classes = load_for(request.model, request.task, classes, **loading)
+        loaded, classes = load_for(request.model, request.task, classes, **_loading(request))
+    base = with_tokens_of(loaded, list(filter(None, [request.continue_from])), force=request.force)
+    new_tokens = add_tokens(base.tokenizer, request.add_tokens) if request.add_tokens else ()
     reading: dict[str, Any] = {name: getattr(request, name) for name in ("max_length", "overlong", "train_on", "seed")}
-    return _Subject(base, reader_for(base, classes, **reading), classes)
+    reader = reader_for(base, classes, **reading)
+    return _Subject(base, reader, classes, new_tokens, bool(new_tokens) or base is not loaded)
+
+
+def _loading(request: TrainRequest) -> dict[str, Any]:
+    """What `load_base` is told besides the task."""
+    spec = request.spec
+    remainder = max(spec.rank, *spec.rank_pattern.values(), 0) if spec.init == "loftq" else 0
+    told = {name: getattr(request, name) for name in ("dtype", "device", "storage", "seed")}
+    return told | {"remainder_rank": remainder}
 
 
 def _train(bank: Bank, request: TrainRequest, documents: Documents, folder: RunFolder, watch: Watch) -> Outcome:
     names = set(Run.model_fields) & set(TrainRequest.model_fields)
-    run = Run(**{name: getattr(request, name) for name in names})
+    pruning = Pruning(target_rank=request.target_rank, orthogonality=request.orthogonality)
+    run = Run(**{name: getattr(request, name) for name in names}, pruning=pruning)
     names = set(Loop.model_fields) & set(TrainRequest.model_fields)
     loop = Loop(**{name: getattr(request, name) for name in names})
     with tracked(request.track, request.out, request.table()) as track:
@@ -157,6 +186,15 @@ def _facts(request: TrainRequest, subject: _Subject, documents: Documents) -> di
         "template": {"digest": subject.reader.digest},
         "command": request.command(),
     }
+
+
+def _warn_of_unmet(subject: _Subject, documents: Documents) -> None:
+    """A token that is never met is a slip of the finger, as often as not."""
+    counts = token_counts(subject.base.tokenizer, subject.new_tokens, documents.train)
+    unmet = [text for text, count in counts.items() if not count]
+    if unmet:
+        said = f"no training document holds {', '.join(map(repr, unmet))}: the model learns only not to say it"
+        warnings.warn(said, RankwiseWarning, stacklevel=3)
 
 
 def _training_facts(folder: RunFolder, outcome: Outcome, seconds: float, epoch_tokens: int) -> dict[str, Any]:

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankwise.kernels.library import LANES, Heads, Layout, native, serves
+from rankwise.kernels.library import Heads, Layout, native, serves
+from rankwise.kernels.sizes import LANES
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,6 @@ import torch
 
 Pointer, Int, Float = c_void_p, c_int64, c_float
 
-LANES = 16  # floats in the longest vectors
-
 
 class Heads(ctypes.Structure):
     """A tensor `[tokens, heads, width]` as the C side sees it: address and two strides, in elements."""
@@ -40,14 +38,13 @@ class TensorRows(ctypes.Structure):
 
 
 class Matrix(ctypes.Structure):
-    """A weight `[O, I]`: its address and size as it is stored, and whether that is the transpose."""
+    """lowrank.c, Weight."""
 
-    _fields_ = [("data", c_void_p), ("rows", c_int64), ("columns", c_int64), ("across", c_int64)]
-
-    @classmethod
-    def of(cls, weight: torch.Tensor) -> Matrix:
-        stored = weight if weight.is_contiguous() else weight.t()
-        return cls(weight.data_ptr(), *stored.shape, stored is not weight)
+    _fields_ = [
+        ("data", c_void_p),
+        *((name, c_int64) for name in ("rows", "columns", "across", "code")),
+        *((name, c_void_p) for name in ("scales", "groups", "offset", "scale_values", "values")),
+    ]
 
 
 class LowRankPart(ctypes.Structure):

@@ -13,9 +13,9 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <omp.h>
 
-#include "product.h"
+#include "panel.h"
 
-enum { PANEL = 4 * LANES, TILE_ROWS = 6, BLOCK = 96, LAID_OUT = 8 << 20 /* bytes of W at a time */ };
+enum { BLOCK = 96, LAID_OUT = 8 << 20 /* bytes of W at a time */ };
 
 /* Rows start … stop-1 go through one adapter, or, with rank 0, through the base alone.  lowrank.py has the same. */
 typedef struct {
@@ -26,17 +26,6 @@ typedef struct {
     float *grad_A, *grad_B, *grad_gain;
     float scale, rest; /* s, and what dropout multiplies by what it keeps */
 } Part;
-
-/* W, or, `across`, its transpose, as it lies in memory: [rows, columns]. */
-typedef struct {
-    const bf16 *data;
-    i64 rows, columns, across;
-} Weight;
-
-typedef struct {
-    const bf16 *data;
-    i64 step; /* elements between rows */
-} Rows;
 
 /* One call, as its threads share it.  Forward, out = y; backward, `grad` is y's gradient and out = dx, or NULL. */
 typedef struct {
@@ -59,10 +48,10 @@ typedef struct {
     uint32_t *words; /* [BLOCK / 2, most] */
     bf16 *factor;    /* [PANEL, most], a slice of a factor */
     bf16 *dropped;   /* [BLOCK, inputs], x after dropout */
+    bf16 *decoded;   /* [PANEL, sum], a panel of W out of its codes */
     bf16 *gained;    /* [BLOCK, outputs], a gradient under a gain */
 } Bench;
 
-static i64 lesser(i64 a, i64 b) { return a < b ? a : b; }
 static i64 greater(i64 a, i64 b) { return a > b ? a : b; }
 static i64 width(i64 rank) { return ROUND_UP(rank, LANES); }
 static i64 spread(i64 columns) { return ROUND_UP(columns, 2 * LANES); }
@@ -79,94 +68,7 @@ static int meets(const Pass *p, i64 part, i64 t, i64 threads) {
     return share(p->rows, t, threads) < p->parts[part].stop && share(p->rows, t + 1, threads) > p->parts[part].start;
 }
 
-/* ── tiles ────────────────────────────────────────────────────────────────────────────────────────────────────── */
-
-typedef struct {
-    Rows x, low;                        /* left sides */
-    const uint32_t *panel, *low_panel;  /* right sides, PANEL words a pair */
-    const uint8_t *keep;                /* which of the low-rank part's elements count, or NULL for all */
-    const float *gain, *bias;           /* by column, or NULL */
-    bf16 *out;
-    i64 pairs, low_pairs, keep_step, out_step, columns;
-} Tile;
-
-#define TILE_SUM(R, left, right, pairs)                                                                                \
-    for (i64 k = 0; k < (pairs); k++) {                                                                                \
-        __m512bh b[4];                                                                                                 \
-        UNROLL for (int j = 0; j < 4; j++) b[j] = (__m512bh)_mm512_loadu_si512((right) + k * PANEL + LANES * j);       \
-        UNROLL for (int i = 0; i < R; i++) {                                                                           \
-            int pair;                                                                                                  \
-            memcpy(&pair, (left).data + i * (left).step + 2 * k, 4);                                                   \
-            __m512bh a = (__m512bh)_mm512_set1_epi32(pair);                                                            \
-            UNROLL for (int j = 0; j < 4; j++) c[i][j] = _mm512_dpbf16_ps(c[i][j], b[j], a);                           \
-        }                                                                                                              \
-    }
-
-#define FUSED(R)                                                                                                       \
-    static __attribute__((noinline)) void fused_##R(const Tile *tile) {                                                \
-        const Tile t = *tile;                                                                                          \
-        __m512 c[R][4];                                                                                                \
-        UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < 4; j++) c[i][j] = _mm512_setzero_ps();           \
-        TILE_SUM(R, t.low, t.low_panel, t.low_pairs)                                                                   \
-        if (t.keep) UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < 4; j++) {                            \
-            __mmask16 some = LANES * j < t.columns ? lanes_left(LANES * j, t.columns) : 0;                             \
-            __m128i kept = _mm_maskz_loadu_epi8(some, t.keep + i * t.keep_step + LANES * j);                           \
-            c[i][j] = _mm512_maskz_mov_ps(_mm_test_epi8_mask(kept, kept), c[i][j]);                                    \
-        }                                                                                                              \
-        TILE_SUM(R, t.x, t.panel, t.pairs)                                                                             \
-        UNROLL for (int j = 0; j < 4; j++) if (LANES * j < t.columns) {                                                \
-            __mmask16 some = lanes_left(LANES * j, t.columns);                                                         \
-            __m512 factor = t.gain ? _mm512_maskz_loadu_ps(some, t.gain + LANES * j) : all(1.0f);                      \
-            __m512 offset = t.bias ? _mm512_maskz_loadu_ps(some, t.bias + LANES * j) : _mm512_setzero_ps();            \
-            UNROLL for (int i = 0; i < R; i++)                                                                         \
-                store_some(t.out + i * t.out_step + LANES * j, _mm512_fmadd_ps(c[i][j], factor, offset), some);        \
-        }                                                                                                              \
-    }
-FUSED(1) FUSED(2) FUSED(3) FUSED(4) FUSED(5) FUSED(6)
-static void (*const fused[TILE_ROWS])(const Tile *) = {fused_1, fused_2, fused_3, fused_4, fused_5, fused_6};
-
-/* Some rows by one panel. */
-static void strip(Tile tile, i64 rows) {
-    for (i64 n = 0; n < rows; n += TILE_ROWS) {
-        i64 some = lesser(rows - n, TILE_ROWS);
-        fused[some - 1](&tile);
-        tile.x.data += some * tile.x.step, tile.out += some * tile.out_step;
-        if (tile.low_pairs) tile.low.data += some * tile.low.step;
-        if (tile.keep) tile.keep += some * tile.keep_step;
-    }
-}
-
 /* ── right sides ──────────────────────────────────────────────────────────────────────────────────────────────── */
-
-/* A panel [pair][PANEL] of words, of columns that lie along the rows of what is stored. */
-static void panel_of_rows(Rows x, i64 columns, i64 sum, uint32_t *out) {
-    pairs_of_features(x.data, x.step, columns, PANEL, sum, out);
-}
-
-/* And of columns that lie along its columns. */
-static void panel_of_columns(Rows x, i64 columns, i64 sum, uint32_t *out) {
-    for (i64 k = 0; k < sum; k += 2, out += PANEL)
-        for (i64 c = 0; c < PANEL; c += LANES) {
-            __mmask16 some = c < columns ? lanes_left(c, columns) : 0;
-            const bf16 *even = x.data + k * x.step + c;
-            __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, even));
-            __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, even + x.step));
-            _mm512_storeu_si512(out + c, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-        }
-}
-
-/* float32 [rows, columns] times a factor, rounded into [padded rows, step] with zeros around. */
-static Rows rounded(const float *from, i64 rows, i64 columns, i64 from_step, float factor, bf16 *to, i64 padded_rows,
-                    i64 step) {
-    memset(to, 0, 2 * padded_rows * step);
-    for (i64 r = 0; r < rows; r++)
-        for (i64 c = 0; c < columns; c += LANES) {
-            __mmask16 some = lanes_left(c, columns);
-            __m512 v = _mm512_maskz_loadu_ps(some, from + r * from_step + c);
-            store_some(to + r * step + c, _mm512_mul_ps(v, all(factor)), some);
-        }
-    return (Rows){to, step};
-}
 
 /* A[:, from …] `[width, PANEL]`, and s·B[from …, :] `[PANEL, width]`. */
 static Rows slice_of_A(const Pass *p, const Part *part, i64 from, i64 some, bf16 *to) {
@@ -203,10 +105,10 @@ static void lay_panels(const Pass *p, Bench bench, i64 first, i64 many) {
 #pragma omp for schedule(static)
     for (i64 place = 0; place < many; place++) {
         i64 from = (first + place) * PANEL, some = lesser(PANEL, columns_of(p) - from);
-        Weight w = p->weight;
         uint32_t *out = p->panels + place * PANEL * sum / 2;
-        if (w.across == !p->grad.data) panel_of_columns((Rows){w.data + from, w.columns}, some, sum, out);
-        else panel_of_rows((Rows){w.data + from * w.columns, w.columns}, some, sum, out);
+        if (p->weight.across == !p->grad.data)
+            panel_of_columns(rectangle(&p->weight, 0, sum, from, some, bench.decoded), some, sum, out);
+        else panel_of_rows(rectangle(&p->weight, from, some, 0, sum, bench.decoded), some, sum, out);
         for (i64 i = 0; i < p->count; i++) {
             const Part *part = p->parts + i;
             i64 wide = width(part->rank);
@@ -424,6 +326,7 @@ static char *furnish(Pass *p, Bench *bench, i64 threads, char *rest) {
         bench[t].words = carved(&rest, 4 * BLOCK / 2 * p->most);
         bench[t].factor = carved(&rest, 2 * PANEL * p->most);
         bench[t].dropped = carved(&rest, 2 * BLOCK * p->inputs);
+        bench[t].decoded = carved(&rest, p->weight.code == DENSE ? 0 : 2 * PANEL * sum);
         bench[t].gained = carved(&rest, backward ? 2 * BLOCK * p->outputs : 0);
     }
     return rest;

@@ -11,9 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rankwise.kernels.library import LANES, LowRankPart, Matrix, TensorRows, native, serves
+from rankwise.kernels.codes import Weight, nf4_values, scale_values
+from rankwise.kernels.library import LowRankPart, Matrix, TensorRows, native, serves
+from rankwise.kernels.sizes import LANES
 
 _LEAST_ROWS = 32  # below, laying out the weight costs more than it saves
+_CODES = {"int8": 1, "nf4": 2}  # lowrank.c; 0 is none
 
 
 @dataclass(frozen=True)
@@ -30,23 +33,40 @@ class Part:
     gain: Tensor | None = None
 
 
-def serves_product(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[Part]) -> bool:
-    """Whether the compiled product takes these: bfloat16 with float32 factors, of even width, enough rows to pay."""
-    constants = (weight,) if bias is None else (weight, bias)
-    factors = [f for s in parts for f in (s.A, s.B, s.gain) if f is not None]
-    even = weight.shape[0] % 2 == 0 and weight.shape[1] % 2 == 0
-    laid_out = weight.is_contiguous() or weight.t().is_contiguous()
+def serves_product(x: Tensor, weight: Weight, bias: Tensor | None, parts: Sequence[Part]) -> bool:
+    """Whether the compiled product takes these: bfloat16 with float32 factors, of even width, enough rows to pay.
+
+    A weight in codes would have to be made whole for any other product, so there a single row is enough.
+    """
+    constants = [] if bias is None else [bias]
+    enough = 1
+    if isinstance(weight, Tensor):
+        constants.append(weight)
+        enough = _LEAST_ROWS
+        if not (weight.is_contiguous() or weight.t().is_contiguous()):
+            return False
+    factors = [f for part in parts for f in (part.A, part.B, part.gain) if f is not None]
     return (
-        x.numel() >= _LEAST_ROWS * x.shape[-1]
-        and even
-        and laid_out
+        x.numel() >= enough * x.shape[-1]
+        and weight.shape[0] % 2 == weight.shape[1] % 2 == 0
         and serves(x, *constants)
         and all(f.dtype == torch.float32 and f.device.type == "cpu" for f in factors)
     )
 
 
+def _matrix(weight: Weight) -> Matrix:
+    """The C side's view of a weight that lives at least as long."""
+    if isinstance(weight, Tensor):
+        stored = weight if weight.is_contiguous() else weight.t()
+        return Matrix(weight.data_ptr(), *stored.shape, stored is not weight, 0)
+    told = Matrix(weight.codes.data_ptr(), weight.rows, weight.columns, weight.across, _CODES[weight.code])
+    told.scales, told.groups, told.offset = (p.data_ptr() for p in (weight.scales, weight.groups, weight.offset))
+    told.scale_values, told.values = scale_values().data_ptr(), nf4_values().data_ptr()
+    return told
+
+
 def forward_product(
-    x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[Part]
+    x: Tensor, weight: Weight, bias: Tensor | None, parts: Sequence[Part]
 ) -> tuple[Tensor, list[Tensor]]:
     """Y `[N, O]` of x `[N, I]`, and the shrink `[n, P]` of every part."""
     x = _in_rows(x)
@@ -65,7 +85,7 @@ def backward_product(
     grad: Tensor,
     x: Tensor | None,
     y: Tensor | None,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
     parts: Sequence[Part],
     shrinks: Sequence[Tensor],
@@ -109,7 +129,7 @@ class _Call:
 
     def __init__(
         self,
-        weight: Tensor,
+        weight: Weight,
         bias: Tensor | None,
         parts: Sequence[Part],
         shrinks: Sequence[Tensor],
@@ -117,7 +137,7 @@ class _Call:
         found: Sequence[tuple[Tensor | None, ...]] = (),
     ) -> None:
         self.sizes = (rows, weight.shape[1], weight.shape[0])
-        self.weight = Matrix.of(weight)
+        self.weight = _matrix(weight)
         self._held: list[Tensor] = []
         self.bias = self._address(None if bias is None else bias.detach().float())
         places: list[Sequence[Tensor | None]] = list(found) or [(None, None, None)] * len(parts)

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from rankwise.adapters.presets import TARGET_ROLES
+from rankwise.kernels.sizes import BLOCK, GROUP, Storage
 from rankwise.planning.passes import Form
 from rankwise.planning.shapes import Shapes, Tensor
 
-Storage = Literal["dense", "int8", "nf4"]
-
-BLOCK, OUTER = 64, 256  # weights that share a scale; scales that share one in double quantisation (arXiv:2305.14314 §3)
 BYTES_A_WEIGHT: dict[Storage, float] = {
     "int8": 1 + 4 / BLOCK,
-    "nf4": 0.5 + 1 / BLOCK + 4 / (BLOCK * OUTER),
+    "nf4": 0.5 + 1 / BLOCK + 4 / (BLOCK * GROUP),
 }
 _MASTER = _GRADIENT = 4  # bytes: float32, whatever the base is held in
 _MOMENTS = 2 * 4  # AdamW's two

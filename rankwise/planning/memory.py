@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from rankwise.adapters.presets import TARGET_ROLES
-from rankwise.adapters.spec import LoraSpec, matching_pattern
-from rankwise.errors import SpecError, TargetError, nearest
+from rankwise.adapters.selection import Place, choose
+from rankwise.adapters.spec import LoraSpec
+from rankwise.errors import SpecError, TargetError
 from rankwise.planning.block import Block, blocks_of
 from rankwise.planning.heap import Tape, most_alive, most_resident
 from rankwise.planning.held import held_of, sites_of
@@ -18,6 +17,7 @@ from rankwise.planning.process import ASSUMED
 from rankwise.planning.request import Machine, PlanRequest
 from rankwise.planning.shapes import Shapes, Tensor
 
+_CHOOSING = ("rank", "targets", "exclude", "layers", "rank_pattern")  # what of a request says which layers
 _STEPS = 2  # the second is the first that has both gradients and moments
 _MICRO_BATCHES = 2  # of a step that are played through: later ones find the heap as the second left it
 
@@ -63,44 +63,19 @@ class Memory:
 
 
 def ranks_of(shapes: Shapes, request: PlanRequest) -> dict[str, int]:
-    """Path → rank of the layers that the request's targets mean; as surgery/sites.py chooses them.
+    """Path → rank of the layers that the request means; as surgery/sites.py chooses them.
 
     Raises:
-        TargetError: the targets, or a name or pattern among them, match nothing.
+        TargetError: a name, a pattern or a block number matches nothing.
     """
-    sites = {tensor.layer: tensor for tensor in shapes.tensors if tensor.role is not None}
-    chosen = _chosen(sites, request.targets)
-    unused = [
-        key for key in request.rank_pattern if key not in {matching_pattern(request.rank_pattern, p) for p in chosen}
-    ]
-    leaves = sorted({path.rsplit(".", 1)[-1] for path in sites})
-    if not chosen or unused:
-        what = f"rank_pattern {unused[0]!r} matches none of the targeted layers" if chosen else "no layer is targeted"
-        raise TargetError(f"{what}: {request.targets!r}", hint=f"layers here: {', '.join(leaves)}")
-    spec = LoraSpec(rank=request.rank, rank_pattern=request.rank_pattern)
+    spec = LoraSpec(**{name: getattr(request, name) for name in _CHOOSING})
+    places = {tensor.layer: Place((tensor.layer,), tensor.role) for tensor in shapes.tensors if tensor.role is not None}
+    # A tied head has no tensor of its own to count; it may be named all the same where layers are left out.
+    shared = {path: Place((path,), "head") for path in shapes.shared if path not in places}
+    chosen = choose(spec, places | shared, [tensor.layer for tensor in shapes.tensors])
+    if uncounted := [path for path in chosen if path in shared]:
+        raise TargetError(f"{', '.join(uncounted)}: shares the embedding's weight, and is not counted here")
     return {path: spec.rank_at(path) for path in chosen}
-
-
-def _chosen(sites: Mapping[str, Tensor], targets: str | tuple[str, ...]) -> list[str]:
-    if isinstance(targets, str):
-        roles = TARGET_ROLES.get(targets)
-        if roles is not None:
-            return [path for path, tensor in sites.items() if tensor.role in roles]
-        return [path for path in sites if matching_pattern({targets: 0}, path) and _whole(targets, path)]
-    missing = [name for name in targets if not any(_called(name, path) for path in sites)]
-    if missing:
-        leaves = sorted({path.rsplit(".", 1)[-1] for path in sites})
-        near = nearest(missing[0], leaves)
-        raise TargetError(f"{missing[0]!r} matches no layer{near}", hint=f"layers here: {', '.join(leaves)}")
-    return [path for path in sites if any(_called(name, path) for name in targets)]
-
-
-def _whole(pattern: str, path: str) -> bool:
-    return re.fullmatch(pattern, path) is not None
-
-
-def _called(name: str, path: str) -> bool:
-    return path == name or path.endswith(f".{name}")
 
 
 def memory_of(shapes: Shapes, request: PlanRequest, machine: Machine, process: int | None = None) -> Memory:

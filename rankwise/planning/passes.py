@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from rankwise.kernels.sizes import LANES
 from rankwise.planning.block import Block, Linear
 from rankwise.planning.heap import Tape
 
 Form = Literal["lora", "dora", "adalora", "full"]
 
-LANES = 16  # the compiled product keeps a shrink in whole vectors
 _RANDOM_STATE = 5056  # bytes of torch.get_rng_state(), which a checkpointed block keeps beside its input
 
 

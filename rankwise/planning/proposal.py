@@ -18,8 +18,8 @@ _LEAST_MICRO, _LEAST_RANK = 512, 4
 
 _CHECKPOINTING = "each block is computed twice: a third more time, the same result"
 _STORAGE = {
-    "int8": "weights of the blocks in 8 bits: a small error of rounding, time to undo it (`train` cannot yet)",
-    "nf4": "weights of the blocks in 4 bits (QLoRA): a larger error of rounding, time to undo it (`train` cannot yet)",
+    "int8": "weights of the blocks in 8 bits: a small error of rounding",
+    "nf4": "weights of the blocks in 4 bits (QLoRA): a larger error of rounding",
 }
 
 

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from rankwise.adapters.spec import RankPattern, named_targets, readable_targets
-from rankwise.planning.held import Storage
+from rankwise.adapters.spec import Blocks, RankPattern, named_targets, readable_exclusions, readable_targets
+from rankwise.kernels.sizes import Storage
 from rankwise.planning.passes import Form
 from rankwise.settings import Settings
 
@@ -39,6 +39,8 @@ class PlanRequest(Settings):
     targets: Annotated[str | tuple[str, ...], BeforeValidator(named_targets), AfterValidator(readable_targets)] = (
         "all-linear"
     )
+    exclude: Annotated[str | tuple[str, ...], BeforeValidator(named_targets), AfterValidator(readable_exclusions)] = ()
+    layers: Blocks = ""
     rank_pattern: RankPattern = Field(default_factory=dict)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     batch_tokens: int = Field(default=4096, ge=1)

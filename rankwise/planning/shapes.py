@@ -78,6 +78,12 @@ class Shapes:
         return sum(tensor.count for tensor in self.tensors)
 
     @property
+    def shared(self) -> list[str]:
+        """Heads whose weight is the embedding's, which is counted once, as that."""
+        rows = [row.split("?") for row in self.family.rows.strip().splitlines() if row.strip().endswith("? untied")]
+        return [] if self.sizes.holds("untied", 0) else [row[0].split()[0] for row in rows]
+
+    @property
     def linear(self) -> list[Tensor]:
         """Weights of linear layers, in the model's order."""
         return [tensor for tensor in self.tensors if tensor.kind in ("linear", "conv1d")]

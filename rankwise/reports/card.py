@@ -81,14 +81,16 @@ def _usage(record: Record) -> str:
     names = [one.name for one in record.classes]
     told = f", num_labels={len(names)}" if names else ""
     reader = "tokenizer" if task.reads == "AutoTokenizer" else "processor"
+    here = '"path/to/this/folder"'
+    enlarged = "\nmodel.resize_token_embeddings(len(tokenizer))" if record.new_tokens else ""
     return f"""## Use
 
 ```python
 from peft import PeftModel
 from transformers import {task.loads}, {task.reads}
 
-{reader} = {task.reads}.from_pretrained({base})
-model = {task.loads}.from_pretrained({base}{told})
+{reader} = {task.reads}.from_pretrained({here if record.new_tokens else base})
+model = {task.loads}.from_pretrained({base}{told}){enlarged}
 model = PeftModel.from_pretrained(model, "path/to/this/folder")
 ```
 
@@ -153,10 +155,19 @@ def _adapter(record: Record) -> str:
         for group in group_sites(record.sites)
     ]
     spec = record.spec
-    axes = f"Form {spec.form}, scaling {spec.scaling}, storage {spec.storage}, init {spec.init}"
+    axes = f"Form {spec.form}, scaling {spec.scaling}, storage {record.base.storage}, init {spec.init}"
     parameters = numbers.counted(record.parameters, "parameter")
+    said = f"{parameters}. {axes}, dropout {numbers.plain(spec.dropout)}.{_tokens(record)}"
     table = _table(("where", "layers", "sites", "rank", "alpha", "scale"), rows)
-    return f"## The adapter\n\n{_escaped(f'{parameters}. {axes}, dropout {numbers.plain(spec.dropout)}.')}\n\n{table}"
+    return f"## The adapter\n\n{_escaped(said)}\n\n{table}"
+
+
+def _tokens(record: Record) -> str:
+    """Which tokens it has rows for, in a sentence."""
+    texts = {number: text for text, number in record.new_tokens.items()}
+    each = dict.fromkeys(token for tokens in record.tokens.values() for token in tokens)
+    named = ", ".join(f"{texts[token]} ({token})" if token in texts else str(token) for token in each)
+    return f" Rows of its own in {', '.join(record.tokens)} for the tokens {named}." if each else ""
 
 
 def _training(record: Record) -> str:

@@ -31,9 +31,10 @@ class Spec:
     targets: str | tuple[str, ...]
     form: str
     scaling: str
-    storage: str
     dropout: FiniteFloat
     init: str
+    exclude: str | tuple[str, ...] = ()
+    layers: str = ""
     rank_pattern: dict[str, PositiveInt] = field(default_factory=dict)
     alpha_pattern: dict[str, FiniteFloat] = field(default_factory=dict)
     modules_to_save: tuple[str, ...] = ()
@@ -43,6 +44,7 @@ class Spec:
 class Base:
     name: str
     fingerprint: str
+    storage: str = "dense"
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,8 @@ class Record:
     modules: tuple[str, ...] = ()
     task: str = "causal-lm"
     classes: tuple[Class, ...] = ()
+    tokens: dict[str, tuple[NonNegativeInt, ...]] = field(default_factory=dict)
+    new_tokens: dict[str, NonNegativeInt] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
     settings: tuple[Setting, ...] = ()

@@ -14,21 +14,25 @@ from zlib import crc32
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from rankwise.adapters.adapter import Adapter, checked_name
 from rankwise.adapters.dropout import mixed
 from rankwise.adapters.spec import LoraSpec
-from rankwise.errors import BankError, RankwiseWarning, nearest
-from rankwise.formats.peft import read_adapter, write_adapter
-from rankwise.formats.record import check_base, describe, read_record, write_record
-from rankwise.frozen.fingerprint import fingerprint
+from rankwise.adapters.tokens import TokenRows
+from rankwise.errors import BankError, RankwiseWarning, listing, nearest
+from rankwise.formats.peft import read_adapter, task_of, write_adapter
+from rankwise.formats.record import describe, write_record
+from rankwise.frozen.coded import storage_of
+from rankwise.kernels.sizes import Storage
 from rankwise.surgery.begin import begun
 from rankwise.surgery.binding import check_fits
+from rankwise.surgery.identity import Identity
 from rankwise.surgery.layer import AdaptedLayer, CopiedLayer, Stand
 from rankwise.surgery.merge import Merged, MergeReport
 from rankwise.surgery.routing import Route, Router
 from rankwise.surgery.sites import Site, choose_modules, choose_sites, find_sites
+from rankwise.surgery.tokens import TokenLayer
+from rankwise.surgery.vocabulary import Vocabulary, declare_untied
 
 
 @dataclass(frozen=True)
@@ -38,10 +42,12 @@ class _Member:
     spec: LoraSpec
     sites: tuple[str, ...]
     modules: tuple[str, ...]
+    tokens: tuple[str, ...]
+    held: tuple[str, ...]  # where it has something in a stand: all of these, and what shares its rows
 
     @property
     def paths(self) -> tuple[str, ...]:
-        return self.sites + self.modules
+        return self.sites + self.modules + self.tokens
 
 
 class Bank:
@@ -82,22 +88,25 @@ class Bank:
         """Every module of the base by every path it has."""
         return dict(self.model.named_modules(remove_duplicate=False))
 
+    @property
+    def storage(self) -> Storage:
+        """How the base's linear layers are held."""
+        return storage_of(self.model)
+
     @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The tokens that the base knows."""
+        return Vocabulary(self.model, self.sites)
+
+    @cached_property
+    def identity(self) -> Identity:
+        """Which base it is, clean."""
+        return Identity(self.model, self.vocabulary)
+
+    @property
     def base_fingerprint(self) -> str:
         """Of the base alone, whatever adapters it holds."""
-        return fingerprint(self._parameters.items())
-
-    @cached_property
-    def _parameters(self) -> dict[str, nn.Parameter]:
-        """The base's own parameters, by the names they have in the clean model."""
-        return dict(self.model.named_parameters())
-
-    def _fingerprint_beside(self, modules: Iterable[str]) -> str:
-        """Of the base without modules that an adapter brings along: a fresh head does not make another base."""
-        brought = tuple(f"{path}." for path in modules)
-        if not brought:
-            return self.base_fingerprint
-        return fingerprint((name, p) for name, p in self._parameters.items() if not name.startswith(brought))
+        return self.identity.fingerprint
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -111,10 +120,11 @@ class Bank:
         member = self._member(name)
         sites = {path: self._stands[path].of(name) for path in member.sites}
         modules = {path: dict(self._stands[path].of(name).named_parameters()) for path in member.modules}
-        return Adapter(member.spec, sites, modules)
+        tokens = {path: self._stands[path].of(name) for path in member.tokens}
+        return Adapter(member.spec, sites, modules, tokens=tokens)
 
     def named_parameters(self, name: str) -> Iterator[tuple[str, nn.Parameter]]:
-        """An adapter's parameters, `<site>.A`, `<site>.B`, `<module>.<parameter>`, in the model's order."""
+        """An adapter's parameters, named as in `Adapter.tensors`; those of sites, of modules and of tokens in turn."""
         for path in self._member(name).paths:
             for part, parameter in self._stands[path].of(name).named_parameters():
                 yield f"{path}.{part}", parameter
@@ -132,7 +142,7 @@ class Bank:
 
         Raises:
             BankError: the name is taken or is none, an adapter is merged, or another adapter trains a target whole.
-            TargetError: the spec's targets or patterns match nothing.
+            TargetError: the spec's targets or patterns match nothing, or its tokens do not fit.
         """
         chosen = choose_sites(spec, self.sites, tuple(self.modules))
         copied = choose_modules(spec.modules_to_save, chosen, self.modules)
@@ -140,7 +150,8 @@ class Bank:
         for site in chosen:
             generator = torch.Generator().manual_seed(mixed(seed, crc32(site.path.encode())))
             factors[site.path] = begun(spec, site, generator)
-        self._hold(name, Adapter(spec, factors, {path: {} for path in copied}), seed)
+        tokens = self.vocabulary.begun(spec)
+        self._hold(name, Adapter(spec, factors, {path: {} for path in copied}, tokens=tokens), seed)
 
     def put(self, name: str, adapter: Adapter, seed: int = 0) -> None:
         """Adds an adapter that exists already, a copy of it; `seed` is for dropout.
@@ -150,10 +161,11 @@ class Bank:
             AdapterMismatchError: lists every part that does not fit this model.
         """
         named = {path: site for site in self.sites.values() for path in (site.path, *site.aliases)}
-        check_fits(adapter, named, self.modules)
+        check_fits(adapter, named, self.modules, self.vocabulary)
         given = {named[path].path: one for path, one in adapter.sites.items()}
         factors = {path: copy.deepcopy(given[path]).float() for path in self.sites if path in given}
-        self._hold(name, Adapter(adapter.spec, factors, adapter.modules), seed)
+        tokens = self.vocabulary.brought(adapter)
+        self._hold(name, Adapter(adapter.spec, factors, adapter.modules, tokens=tokens), seed)
 
     def load(self, name: str, folder: str | Path, *, force: bool = False) -> None:
         """Adds an adapter from a folder in PEFT's format, ours or anyone's.
@@ -168,36 +180,39 @@ class Bank:
         folder = Path(folder)
         adapter = read_adapter(folder)
         if not force:
-            self._check_base(folder, adapter)
+            self.identity.check(folder, adapter)
         self.put(name, adapter)
         held = self.adapter(name)
-        if not held.modules and all(factors.changes_nothing() for factors in held.sites.values()):
+        if not held.modules and not held.tokens and all(factors.changes_nothing() for factors in held.sites.values()):
             warnings.warn(f"{folder}: ΔW is zero at every site; the adapter changes nothing", RankwiseWarning, 2)
 
     def save(self, name: str, folder: str | Path, facts: Mapping[str, Any] | None = None) -> None:
         """Writes an adapter as a PEFT folder plus rankwise.json, with `facts` of the run; read back and compared.
+
+        Warns:
+            RankwiseWarning: some of its sites change something and some do not, as where training went past them.
 
         Raises:
             AdapterFileError: a tensor is not finite, or the disk gave back other bytes.
         """
         adapter, folder = self.adapter(name).plain(), Path(folder)
         kinds = {path: self.sites[path].kind.name for path in adapter.sites}
-        base = str(getattr(getattr(self.model, "config", None), "_name_or_path", ""))
-        write_adapter(folder, adapter, kinds, tuple(self.modules), base, _task(self.model))
-        write_record(folder, describe(adapter, base, self._fingerprint_beside(adapter.modules), dict(facts or {})))
-
-    def _check_base(self, folder: Path, adapter: Adapter) -> None:
-        record = read_record(folder)
-        whole = record is not None and record["base"]["fingerprint"] == self.base_fingerprint  # as records once were
-        if not whole:
-            check_base(record, self._fingerprint_beside(adapter.modules), folder)
+        model = str(getattr(getattr(self.model, "config", None), "_name_or_path", ""))
+        write_adapter(folder, adapter, kinds, tuple(self.modules), model, task_of(self.model))
+        known = self.vocabulary.known_without(adapter.tokens)
+        base = {"name": model, "fingerprint": self.identity.beside(adapter.modules, known), "storage": self.storage}
+        write_record(folder, describe(adapter, base | {"vocabulary": known}, dict(facts or {})))
+        still = [path for path, factors in adapter.sites.items() if factors.changes_nothing()]
+        if 0 < len(still) < len(adapter.sites):
+            said = f"{len(still)} of its {len(adapter.sites)} sites change nothing, no training has moved them"
+            warnings.warn(f"{name!r}: {said}:\n{listing(still)}", RankwiseWarning, 2)
 
     def remove(self, name: str) -> None:
         """Takes an adapter out; layers that hold no other are put back as they were."""
         member = self._member(name)
         self._check_unmerged(f"remove {name!r}")
         del self._members[name]
-        self._withdraw(name, member.paths)
+        self._withdraw(name, member.held)
 
     def _withdraw(self, name: str, paths: Iterable[str]) -> None:
         for path in paths:
@@ -208,8 +223,13 @@ class Bank:
             if not stand.adapters:
                 self._place(path, stand.base)
                 del self._stands[path]
+        self.vocabulary.reach(self._token_layers)
         if not self._members:
             self._let_go()
+
+    @property
+    def _token_layers(self) -> list[TokenLayer]:
+        return [stand for stand in self._stands.values() if isinstance(stand, TokenLayer)]
 
     def _let_go(self) -> None:
         """What holding did to the model beside the stands is undone."""
@@ -228,22 +248,25 @@ class Bank:
         if checked_name(name) in self._members:
             raise BankError(f"the bank already holds an adapter {name!r}", hint="remove it or choose another name")
         self._check_unmerged(f"add {name!r}")
-        self._check_apart(adapter)
+        tables = self.vocabulary.tables(adapter.tokens)
+        self._check_apart(adapter, tables)
         _ = self.base_fingerprint, self.sites, self.modules  # of the clean model, before it is changed
         if not self._members:
             named = self.model.named_parameters(remove_duplicate=False)
             self._flags = {path: parameter.requires_grad for path, parameter in named}
+        held = (*adapter.sites, *adapter.modules, *tables)
         try:
-            self._admit(name, adapter, seed)
+            self._admit(name, adapter, tables, seed)
         except BaseException:  # out of memory, an interrupt: nothing stays half held
-            self._withdraw(name, (*adapter.sites, *adapter.modules))
+            self._withdraw(name, held)
             raise
-        self._members[name] = _Member(adapter.spec, tuple(adapter.sites), tuple(adapter.modules))
+        sites, modules, tokens = map(tuple, (adapter.sites, adapter.modules, adapter.tokens))
+        self._members[name] = _Member(adapter.spec, sites, modules, tokens, held)
 
-    def _admit(self, name: str, adapter: Adapter, seed: int) -> None:
+    def _admit(self, name: str, adapter: Adapter, tables: Mapping[str, TokenRows], seed: int) -> None:
         if not self._members:
             self.model.requires_grad_(False)
-        for path in (*adapter.sites, *adapter.modules):
+        for path in (*adapter.sites, *adapter.modules, *tables):
             self.router.watch(self.model, path)
         for path, factors in adapter.sites.items():
             stand = self._stands.get(path) or AdaptedLayer(self.sites[path], self.router, crc32(path.encode()))
@@ -253,11 +276,26 @@ class Bank:
             stand = self._stands.get(path) or CopiedLayer(path, self.modules[path], self.router)
             stand.admit(name, tensors, seed)
             self._place(path, stand)
+        for path, rows in tables.items():
+            stand = self._stands.get(path) or self.vocabulary.stand(path, self.router)
+            stand.admit(name, rows, seed)
+            self._place(path, stand)
+        self.vocabulary.reach(self._token_layers)
 
-    def _check_apart(self, adapter: Adapter) -> None:
-        """A module that one adapter trains whole can hold no site of another, and none that another trains whole."""
+    def _check_apart(self, adapter: Adapter, tables: Iterable[str]) -> None:
+        """A module that one adapter trains whole can hold no site of another, and none that another trains whole.
+
+        Nor can one layer have rows of tokens and be changed otherwise: PEFT has no way to say that.
+        """
         whole = {*adapter.modules, *(p for member in self._members.values() for p in member.modules)}
-        parts = {*adapter.sites, *(p for member in self._members.values() for p in member.sites)}
+        sites = {*adapter.sites, *(p for member in self._members.values() for p in member.sites)}
+        rows = {*tables, *(layer.path for layer in self._token_layers)}
+        if both := sorted(sites & rows):
+            raise BankError(
+                f"{both[0]!r} has rows for tokens of an adapter, and is a target too, of it or of another",
+                hint="exclude that layer from the targets, or keep the two in separate banks, one after the other",
+            )
+        parts = sites | rows
         for path in sorted(whole):
             inside = [p for p in sorted(whole) if p.startswith(f"{path}.")]
             inner = next((p for p in [*sorted(parts), *inside] if f"{p}.".startswith(f"{path}.")), None)
@@ -326,8 +364,17 @@ class Bank:
 
         Adapters are dropped, originals forgotten; an embedding and a head that were tied and now differ are declared
         untied in the model's config.
+
+        Raises:
+            BankError: the base is held in codes: rounding to them again would take most of the adapter away.
         """
+        if self.storage != "dense":
+            raise BankError(
+                f"the base is held in {self.storage}; merged into its codes, most of an adapter would be rounded away",
+                hint="load the base dense to merge for good; bank.merge and bank.unmerge work in any storage",
+            )
         report = self.merge(name)
+        layers = self._token_layers
         for path, stand in self._stands.items():
             if isinstance(stand, CopiedLayer):
                 stand.settle(name)
@@ -335,29 +382,12 @@ class Bank:
         self._stands, self._members = {}, {}
         self._merged = self.router.merged = None
         self._let_go()
-        for cached in ("base_fingerprint", "_parameters", "sites", "modules"):  # of a base that is no more
-            self.__dict__.pop(cached, None)
-        _declare_untied(self.model)
+        self.vocabulary.settle(layers, name)
+        for cached in ("identity", "sites", "modules", "vocabulary"):
+            self.__dict__.pop(cached, None)  # of a base that is no more
+        declare_untied(self.model)
         return report
 
     def _check_unmerged(self, what: str) -> None:
         if self._merged is not None:
             raise BankError(f"cannot {what} while {self._merged.name!r} is merged", hint="bank.unmerge() first")
-
-
-def _task(model: nn.Module) -> str | None:
-    """PEFT's name for what the model does, from its class."""
-    paired = getattr(getattr(model, "config", None), "is_encoder_decoder", False)  # others read pictures, and continue
-    conditional = "SEQ_2_SEQ_LM" if paired else "CAUSAL_LM"
-    ends = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": conditional}
-    ends |= {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
-    return next((task for end, task in ends.items() if type(model).__name__.endswith(end)), None)
-
-
-def _declare_untied(model: nn.Module) -> None:
-    config: Any = getattr(model, "config", None)
-    if not isinstance(model, PreTrainedModel) or not getattr(config, "tie_word_embeddings", False):
-        return
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is not None and head.weight is not embedding.weight:
-        config.tie_word_embeddings = False

@@ -10,18 +10,22 @@ from torch import nn
 from rankwise.adapters.adapter import Adapter
 from rankwise.errors import AdapterMismatchError, listing
 from rankwise.surgery.sites import Site
+from rankwise.surgery.vocabulary import Vocabulary
 
 
-def check_fits(adapter: Adapter, sites: Mapping[str, Site], modules: Mapping[str, nn.Module]) -> None:
+def check_fits(
+    adapter: Adapter, sites: Mapping[str, Site], modules: Mapping[str, nn.Module], vocabulary: Vocabulary
+) -> None:
     """`sites` by every path and alias, `modules` the clean model's.
 
     Raises:
         AdapterMismatchError: lists every site and module that binds to nothing or has another shape.
     """
     problems = [*_site_problems(adapter, sites), *_module_problems(adapter, modules)]
-    problems += _frozen_problems(adapter, modules)
+    problems += vocabulary.problems(adapter.tokens) if adapter.tokens else []
+    problems += _frozen_problems(adapter, modules, vocabulary)
     if problems:
-        whole = len(adapter.sites) + len(adapter.modules)
+        whole = len(adapter.sites) + len(adapter.modules) + len(adapter.tokens)
         raise AdapterMismatchError(
             f"the adapter does not fit this model, {len(problems)} of its {whole} parts bind to nothing:\n"
             f"{listing(problems)}",
@@ -59,10 +63,15 @@ def _module_problems(adapter: Adapter, modules: Mapping[str, nn.Module]) -> list
     return problems
 
 
-def _frozen_problems(adapter: Adapter, modules: Mapping[str, nn.Module]) -> list[str]:
+def _frozen_problems(adapter: Adapter, modules: Mapping[str, nn.Module], vocabulary: Vocabulary) -> list[str]:
     problems = []
+    tables = vocabulary.tables(adapter.tokens)
     for path, stored in adapter.expects.items():
         own = getattr(modules.get(path), "weight", None)
+        if own is not None and path in tables:  # its last rows are the adapter's, and there may be more than here
+            both = torch.ones(min(len(own), len(stored)), dtype=torch.bool)
+            both[[token for token in tables[path].tokens if token < len(both)]] = False
+            own, stored = own[: len(both)][both.to(own.device)], stored[: len(both)][both]
         if own is None or own.shape != stored.shape:
             here = "nothing" if own is None else tuple(own.shape)
             problems.append(

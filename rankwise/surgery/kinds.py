@@ -18,6 +18,9 @@ from transformers.pytorch_utils import Conv1D
 
 from rankwise.adapters.lowrank import SiteShape
 from rankwise.adapters.product import low_rank_product
+from rankwise.adapters.starts import Remainder
+from rankwise.frozen.coded import CodedLinear
+from rankwise.kernels.codes import Weight, dense
 from rankwise.kernels.lowrank import Part
 
 Layer = Any  # a module with a weight: torch types every attribute of a module as Tensor | Module
@@ -34,12 +37,41 @@ class Kind:
         raise NotImplementedError
 
     def shape(self, module: Layer) -> SiteShape:
-        weight = self.oriented(module.weight)
-        return SiteShape(weight.shape[0], weight.shape[1], tuple(weight.shape[2:]))
+        shape = self.held(module).shape
+        return SiteShape(shape[0], shape[1], tuple(shape[2:]))
 
     def oriented(self, weight: Tensor) -> Tensor:
         """The stored weight as `[O, I, *K]`, a view; its own inverse."""
         return weight
+
+    def held(self, module: Layer) -> Weight:
+        """The frozen weight `[O, I, *K]` as the base holds it."""
+        return self.oriented(module.weight.detach())
+
+    def weight(self, module: Layer) -> Tensor:
+        """The frozen weight as a tensor, `[O, I, *K]`; made for the purpose where it is held in codes."""
+        return dense(self.held(module), self.dtype(module))
+
+    def dtype(self, module: Layer) -> torch.dtype:
+        """The number format of the weight, or of what it becomes out of its codes."""
+        return module.weight.dtype
+
+    def remainder(self, module: Layer) -> Remainder | None:
+        """What holding it in codes took away, if that was kept."""
+        return None
+
+    def stored(self, module: Layer) -> Any:
+        """What `replace` takes the place of, for `restore`."""
+        return module.weight
+
+    def replace(self, module: Layer, weight: Tensor) -> None:
+        """Puts a weight `[O, I, *K]` in the place of the frozen one, in its number format."""
+        old = module.weight
+        own = self.oriented(weight).to(old.device, old.dtype).contiguous()
+        module.weight = nn.Parameter(own, requires_grad=False)
+
+    def restore(self, module: Layer, stored: Any) -> None:
+        module.weight = stored
 
     def shrink(self, module: Layer, x: Tensor, A: Tensor) -> Tensor:
         raise NotImplementedError
@@ -92,12 +124,7 @@ class LinearKind(Kind):
     def adapted(self, module: Layer, x: Tensor, parts: Sequence[Part], *, compiled: bool = False) -> Tensor:
         if _is_hooked(module):
             return super().adapted(module, x, parts)
-        weight, bias = self.oriented(module.weight), module.bias
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            return low_rank_product(x, weight, bias, parts, compiled=compiled)
+        return low_rank_product(x, self.held(module), module.bias, parts, compiled=compiled)
 
 
 class Conv1DKind(LinearKind):
@@ -110,6 +137,35 @@ class Conv1DKind(LinearKind):
 
     def oriented(self, weight: Tensor) -> Tensor:
         return weight.t()
+
+
+class CodedKind(LinearKind):
+    """A linear layer, or a Conv1D, held in 8 or 4 bits."""
+
+    def __init__(self, like: LinearKind) -> None:
+        self.name, self.conv1d = like.name, isinstance(like, Conv1DKind)
+
+    def matches(self, module: Layer) -> bool:
+        return isinstance(module, CodedLinear) and module.conv1d == self.conv1d
+
+    def held(self, module: Layer) -> Weight:
+        return module.held
+
+    def dtype(self, module: Layer) -> torch.dtype:
+        return module.dtype
+
+    def remainder(self, module: Layer) -> Remainder | None:
+        return module.remainder
+
+    def stored(self, module: Layer) -> Any:
+        return module.replaced
+
+    def replace(self, module: Layer, weight: Tensor) -> None:
+        own = weight.to(module.codes.device, module.dtype).contiguous()
+        module.replaced = nn.Parameter(own, requires_grad=False)
+
+    def restore(self, module: Layer, stored: Any) -> None:
+        module.replaced = stored
 
 
 class ConvolutionKind(Kind):
@@ -161,6 +217,8 @@ class EmbeddingKind(Kind):
 KINDS: tuple[Kind, ...] = (
     LinearKind(),
     Conv1DKind(),
+    CodedKind(LinearKind()),
+    CodedKind(Conv1DKind()),
     ConvolutionKind(1),
     ConvolutionKind(2),
     ConvolutionKind(3),

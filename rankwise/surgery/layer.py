@@ -39,6 +39,8 @@ class Stand(nn.Module):
         self.router = router
         self.adapters = nn.ModuleDict()
         self.train(base.training)
+        self.register_state_dict_post_hook(_name_as_base)
+        self.register_load_state_dict_pre_hook(_name_as_held)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -63,6 +65,20 @@ class Stand(nn.Module):
             del self.adapters[key_of(name)]
 
 
+def _name_as_base(stand: Stand, state: dict[str, Tensor], prefix: str, _: Any) -> None:
+    """In a state dict the base keeps its own names, so that what is saved of the model loads as the base it is."""
+    held = {key: state.pop(key) for key in list(state) if key.startswith(prefix)}
+    inside = f"{prefix}base."
+    state.update({prefix + key[len(inside) :] if key.startswith(inside) else key: held[key] for key in held})
+
+
+def _name_as_held(stand: Stand, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """The inverse, for loading."""
+    for name in stand.base.state_dict():
+        if prefix + name in state:
+            state[f"{prefix}base.{name}"] = state.pop(prefix + name)
+
+
 class AdaptedLayer(Stand):
     """A linear, convolution or embedding layer through which each unit of the route takes its own adapter."""
 
@@ -73,8 +89,8 @@ class AdaptedLayer(Stand):
         self._known_norms: dict[str, Any] = {}  # name → A, B, and the norms they gave
 
     def admit(self, name: str, own: LowRank, seed: int) -> None:
-        self.adapters[key_of(name)] = own.to(self.base.weight.device).train(self.training)
-        own.meet(self.kind.oriented(self.base.weight))
+        self.adapters[key_of(name)] = own.to(self.kind.held(self.base).device).train(self.training)
+        own.meet(self.kind.weight(self.base))
         self.seeds[name] = seed
         self._known_norms.pop(name, None)
 
@@ -94,7 +110,7 @@ class AdaptedLayer(Stand):
         return [
             self.part(name, start, stop, self._mask(name, stop - start, x))
             for name, start, stop in self.router.spans(x.shape, self.kind.width_dims, self.path)
-            if name is not None and self.of(name) is not None
+            if name is not None and self.of(name) is not None and not self.of(name).empty
         ]
 
     def _norms(self, name: str, factors: LowRank) -> Tensor:
@@ -104,7 +120,7 @@ class AdaptedLayer(Stand):
         """
         A, B, norms = self._known_norms.get(name, (None, None, None))
         if A is None or A.device != factors.A.device or not (torch.equal(A, factors.A) and torch.equal(B, factors.B)):
-            norms = factors.norms(self.kind.oriented(self.base.weight))
+            norms = factors.norms(self.kind.held(self.base), self.kind.dtype(self.base))
             self._known_norms[name] = factors.A.detach().clone(), factors.B.detach().clone(), norms
         return norms
 
@@ -131,7 +147,18 @@ def _twin(base: nn.Module) -> nn.Module:
 
 
 class CopiedLayer(Stand):
-    """A module of which each adapter that trains it whole has its own copy: float32, rounded for the forward pass."""
+    """A module of which each adapter that trains it whole has its own copy: float32, rounded for the forward pass.
+
+    A parameter that is read off it, as losses read the head's weight, is that of the adapter that takes everything.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        found = super().__getattr__(name)
+        if not isinstance(found, nn.Parameter):
+            return found
+        route = self._route()
+        twin = self.of(route.runs[0][0]) if len(route.runs) == 1 else None
+        return found if twin is None else twin.get_parameter(name).to(found.dtype)
 
     @torch.no_grad()
     def admit(self, name: str, own: Mapping[str, Tensor], seed: int) -> None:
@@ -141,8 +168,7 @@ class CopiedLayer(Stand):
         self.adapters[key_of(name)] = twin
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        merged = self.router.merged
-        route = self.router.route if merged is None else Route.whole(merged)
+        route = self._route()
         if len(route.runs) == 1 or all(self.of(name) is None for name in route.names):
             return self._through(route.runs[0][0], *inputs, **named)
         try:
@@ -154,6 +180,10 @@ class CopiedLayer(Stand):
                 f"{self.path}: trained whole by an adapter, and not a module that takes tokens one by one: {error}",
                 hint="route one adapter at a time with bank.use(name)",
             ) from error
+
+    def _route(self) -> Route:
+        merged = self.router.merged
+        return self.router.route if merged is None else Route.whole(merged)
 
     def _piecewise(self, route: Route, *inputs: Any, **named: Any) -> Tensor:
         x, *rest = inputs

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rankwise.adapters.lowrank import LowRank
 from rankwise.errors import MergeError, listing
@@ -48,7 +48,7 @@ class Merged:
     @torch.no_grad()
     def __init__(self, name: str, layers: Sequence[AdaptedLayer]) -> None:
         self.name = name
-        self._originals = [(layer, layer.base.weight) for layer in layers]
+        self._originals = [(layer, layer.kind.stored(layer.base)) for layer in layers]
         try:
             self.report = self._merge()
         except BaseException:  # out of memory, an interrupt, a difference: nothing stays half merged
@@ -57,46 +57,48 @@ class Merged:
 
     def _merge(self) -> MergeReport:
         worst, moved, wanted, bad = 0.0, 0.0, 0.0, []
-        for layer, old in self._originals:
-            factors = layer.of(self.name)
-            probe = _probe(layer.base, layer.kind, factors)
-            whole = [layer.part(self.name, 0, len(layer.kind.flat(probe)))]
-            before = layer.kind.adapted(layer.base, probe, whole).double()
-            target = merged_weight(layer.kind, old, factors)
+        kept = 0
+        for layer, _ in self._originals:
+            factors, kind = layer.of(self.name), layer.kind
+            kept += kind.held(layer.base).nbytes
+            old = kind.weight(layer.base)
+            probe = _probe(layer.base, kind, factors, old)
+            whole = [layer.part(self.name, 0, len(kind.flat(probe)))]
+            before = kind.adapted(layer.base, probe, whole).double()
+            target = merged_weight(old, factors)
             # B·A alone tells its norm better than a sum with W that may have swallowed it.
             wanted += (factors.delta_norm() if factors.m is None else float((target - old).norm())) ** 2
-            layer.base.weight = nn.Parameter(target.to(old.dtype).contiguous(), requires_grad=False)
+            kind.replace(layer.base, target)
             del target
             after = layer.base(probe).double()
             error = float((after - before).norm() / before.norm().clamp(min=1e-30))
             if not error <= _TOLERANCE[old.dtype]:
                 bad.append(f"{layer.path}: relative error {error:.2g}, at most {_TOLERANCE[old.dtype]:.2g} expected")
             worst = max(worst, error)
-            moved += float((layer.base.weight.float() - old.float()).norm()) ** 2
+            moved += float((kind.weight(layer.base).float() - old.float()).norm()) ** 2
         if bad:
             raise MergeError(f"merged weights do not do what base + adapter does; undone:\n{listing(bad)}")
-        kept = sum(old.numel() * old.element_size() for _, old in self._originals)
         return MergeReport(len(self._originals), kept, worst, (moved / wanted) ** 0.5 if wanted else 1.0)
 
     def undo(self) -> None:
-        """Puts the very Parameters back that were there."""
+        """Puts the very weights back that were there."""
         for layer, original in self._originals:
-            layer.base.weight = original
+            layer.kind.restore(layer.base, original)
 
 
-def merged_weight(kind: Kind, weight: Tensor, factors: LowRank) -> Tensor:
-    """What W becomes, in the layout of `weight`: computed in float32 (float64 for float64), to be rounded once."""
+def merged_weight(weight: Tensor, factors: LowRank) -> Tensor:
+    """What W `[O, I, *K]` becomes: computed in float32 (float64 for float64), to be rounded once."""
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    return kind.oriented(factors.applied(kind.oriented(weight.detach().to(wide))))
+    return factors.applied(weight.to(wide))
 
 
-def _probe(module: Layer, kind: Kind, factors: LowRank) -> Tensor:
+def _probe(module: Layer, kind: Kind, factors: LowRank, weight: Tensor) -> Tensor:
     """A fixed random input on which a layer and its merged form are compared."""
     generator, shape = torch.Generator().manual_seed(0), factors.shape
     if kind.lookup:
-        return torch.randint(shape.inputs, (64,), generator=generator).to(module.weight.device)
+        return torch.randint(shape.inputs, (64,), generator=generator).to(weight.device)
     extents = [(k - 1) * d + 4 for k, d in zip(shape.kernel, getattr(module, "dilation", ()), strict=False)]
     if getattr(module, "padding_mode", "zeros") != "zeros":  # circular and reflect padding repeat the input itself
         extents = [extent + max(module._reversed_padding_repeated_twice) for extent in extents]
     probe = torch.randn((4 if extents else 64, shape.inputs, *extents), generator=generator)
-    return probe.to(module.weight.device, module.weight.dtype)
+    return probe.to(weight.device, weight.dtype)

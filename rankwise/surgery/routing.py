@@ -6,7 +6,9 @@ is a row of the batch (`rows`), a token of a packed stream (`tokens`), or everyt
 
 from __future__ import annotations
 
+import copy
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,9 +20,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from rankwise.errors import RouteError
+from rankwise.errors import RankwiseWarning, RouteError
 
 Unit = Literal["whole", "rows", "tokens"]
+
+_NO_ROUTE = (
+    "a training pass through a model that holds adapters, with no route set: the bare base answers and no adapter "
+    "learns; train within `with bank.use(name):`, or say bank.use(None) where the base is meant"
+)
 
 
 @dataclass(frozen=True)
@@ -103,9 +110,16 @@ class Router:
         self.compiled = False
         self.tick = 0
         self._given = False
+        self._set = 0  # how many routes are in force, one inside the other
         self._shapes: dict[str, list[torch.Size]] = {}  # of the tensors each watched module was last called with
         self._hooks: dict[str, Any] = {}
         self._nesting: list[Any] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Router:
+        """A copy, of a bank or of a model alone, is in no route: whoever set one will end it for the original only."""
+        memo[id(self)] = twin = Router()
+        twin.__dict__ |= {name: copy.deepcopy(getattr(self, name), memo) for name in ("merged", "_hooks", "_nesting")}
+        return twin
 
     # ── watching ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -132,8 +146,10 @@ class Router:
         self._hooks, self._nesting, self._shapes = {}, [], {}
 
     def _called(self, path: str, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        if not path and not self._given:
-            self.tick += 1
+        if not path:
+            self.tick += not self._given
+            if not self._set and module.training and torch.is_grad_enabled():
+                warnings.warn(_NO_ROUTE, RankwiseWarning, stacklevel=2)
         if self.route.unit != "whole":
             self._shapes[path] = [tensor.shape for tensor in _tensors((*inputs, *named.values())) if tensor.dim()]
 
@@ -186,9 +202,11 @@ class Router:
             self.tick, self._given = tick, True
         elif not self._given:
             self.tick += 1
+        self._set += 1
         try:
             yield
         finally:
+            self._set -= 1
             counted = self.tick
             self.route, self.tick, self._given, self._shapes = before
             if not self._given and tick is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -10,8 +9,9 @@ from typing import cast
 from torch import nn
 
 from rankwise.adapters.lowrank import SiteShape
-from rankwise.adapters.presets import TARGET_ROLES, Role, calls_itself_attention, linear_role
-from rankwise.adapters.spec import LoraSpec, matching_pattern
+from rankwise.adapters.presets import Role, calls_itself_attention, linear_role
+from rankwise.adapters.selection import Place, choose, is_called
+from rankwise.adapters.spec import LoraSpec
 from rankwise.errors import TargetError, listing, nearest
 from rankwise.surgery.kinds import Kind, kind_of
 
@@ -70,66 +70,10 @@ def choose_sites(spec: LoraSpec, sites: Mapping[str, Site], modules: Sequence[st
     """The sites a spec means, in the model's order; `modules` are all module paths, for the error message.
 
     Raises:
-        TargetError: lists every name and pattern that matches nothing, and what there is.
+        TargetError: lists every name, pattern and block number that matches nothing, and what there is.
     """
-    problems: list[str] = []
-    if isinstance(spec.targets, str):
-        # A preset means what is there to be adapted: not what the same spec trains whole.
-        chosen = _outside(spec.modules_to_save, _by_preset(spec.targets, sites)) or _by_regex(spec.targets, sites)
-        if not chosen:
-            problems.append(f"targets {spec.targets!r} match no layer")
-    else:
-        chosen = {}
-        for name in spec.targets:
-            named = {path: site for path, site in sites.items() if _is_called(name, path, *site.aliases)}
-            chosen.update(named)
-            if not named:
-                problems.append(_unmatched(name, sites, modules))
-    for field in ("rank_pattern", "alpha_pattern"):
-        patterns: dict[str, float] = getattr(spec, field)
-        used = {matching_pattern(patterns, path) for path in chosen}
-        problems += [f"{field} {key!r} matches none of the targeted layers" for key in patterns if key not in used]
-    if problems:
-        raise TargetError(f"the spec does not fit the model:\n{listing(problems)}", hint=_what_there_is(sites))
-    return [site for path, site in sites.items() if path in chosen]
-
-
-def _by_preset(word: str, sites: Mapping[str, Site]) -> dict[str, Site]:
-    roles = TARGET_ROLES.get(word, frozenset())
-    return {path: site for path, site in sites.items() if site.role in roles}
-
-
-def _outside(whole: Sequence[str], chosen: dict[str, Site]) -> dict[str, Site]:
-    def held(path: str) -> bool:
-        parts = path.split(".")
-        return any(_is_called(name, ".".join(parts[:i])) for name in whole for i in range(1, len(parts) + 1))
-
-    return {path: site for path, site in chosen.items() if not held(path)}
-
-
-def _by_regex(pattern: str, sites: Mapping[str, Site]) -> dict[str, Site]:
-    matches = re.compile(pattern).fullmatch
-    return {path: site for path, site in sites.items() if any(map(matches, (path, *site.aliases)))}
-
-
-def _is_called(name: str, *paths: str) -> bool:
-    return any(path == name or path.endswith(f".{name}") for path in paths)
-
-
-def _unmatched(name: str, sites: Mapping[str, Site], modules: Sequence[str]) -> str:
-    if any(_is_called(name, path) for path in modules):
-        return f"{name!r} is a module that cannot be adapted (only linear, Conv1D, ungrouped convolution and embedding)"
-    return f"{name!r} matches no layer{nearest(name, sorted(_leaves(sites)))}"
-
-
-def _leaves(sites: Mapping[str, Site]) -> set[str]:
-    return {path.rsplit(".", 1)[-1] for path in sites}
-
-
-def _what_there_is(sites: Mapping[str, Site]) -> str:
-    if not sites:
-        return "the model has no layer that can be adapted"
-    return f"layers here: {', '.join(sorted(_leaves(sites)))}; presets: {', '.join(TARGET_ROLES)}"
+    places = {path: Place((path, *site.aliases), site.role) for path, site in sites.items()}
+    return [sites[path] for path in choose(spec, places, modules)]
 
 
 def choose_modules(names: Sequence[str], chosen: Sequence[Site], modules: Mapping[str, nn.Module]) -> list[str]:
@@ -142,7 +86,7 @@ def choose_modules(names: Sequence[str], chosen: Sequence[Site], modules: Mappin
     found: list[str] = []
     problems: list[str] = []
     for name in names:
-        paths = [path for path in modules if path and _is_called(name, path)]
+        paths = [path for path in modules if path and is_called(name, [path])]
         if not paths:
             problems.append(f"{name!r} matches no module{nearest(name, [m.rsplit('.', 1)[-1] for m in modules])}")
         found += paths

@@ -44,6 +44,16 @@ def test_plan_for_machines_and_for_people(rankwise, world):
         assert piece in shown.out
 
 
+def test_fewer_layers_take_less(rankwise, world):
+    line = ["plan", "--model", world / "llama", "--device", "cpu", "--dtype", "float32", "--json"]
+    whole = rankwise(*line).json
+    half = rankwise(*line, "--layers", 1, "--exclude", "re:.*up_proj").json
+    assert half["memory"]["adapters"] < whole["memory"]["adapters"] / 2
+    assert half["memory"]["activations"] < whole["memory"]["activations"]
+    shown = rankwise(*line[:-1], "--layers", "1-", "--exclude", "up_proj").out
+    assert "rank 16, all-linear, without up_proj, blocks 1-, float32 on cpu" in shown
+
+
 def test_a_70b_config_takes_no_second_and_no_torch(seventy):
     script = (
         "import sys, time; sys.argv = ['rankwise', 'plan', '--model', sys.argv[1], '--device', 'cuda', '--memory', "
@@ -78,6 +88,7 @@ MISTAKES = {
     "amount": (["--memory", "lots"], "'lots' is no amount"),
     "method": (["--method", "lorra"], "method = 'lorra'"),
     "targets": (["--targets", "q_porj"], "'q_porj' matches no layer; did you mean 'q_proj'?"),
+    "blocks": (["--layers", "5"], "layers 5: none of the targeted layers"),
     "full measured": (["--method", "full", "--measure"], "--measure trains adapters"),
 }
 

@@ -75,6 +75,43 @@ def test_options_go_before_the_file(rankwise, world, tmp_path):
     assert (rows["lr"], rows["max_steps"], rows["model"]) == (1e-3, 1, str(world / "gpt2"))
 
 
+def test_fewer_layers_by_command_and_by_file(rankwise, world, tmp_path):
+    (tmp_path / "run.yaml").write_text("exclude: [up_proj, layers.1.mlp.gate_proj]\nlayers: 1-\n")
+    line = ("train", "--model", world / "llama", "--data", world / "train.jsonl", *QUICK)
+    one = rankwise(*line, "--out", tmp_path / "a", "--exclude", "up_proj,layers.1.mlp.gate_proj", "--layers", "1-")
+    other = rankwise(*line, "--out", tmp_path / "b", "--config", tmp_path / "run.yaml")
+    assert (one.code, other.code) == (0, 0)
+    record = read(tmp_path / "a" / "rankwise.json")
+    want = [f"model.layers.1.{name}" for name in ("mlp.down_proj", *(f"self_attn.{x}_proj" for x in "kqvo"))]
+    assert sorted(record["sites"]) == sorted(want)
+    assert (record["spec"]["exclude"], record["spec"]["layers"]) == (["up_proj", "layers.1.mlp.gate_proj"], "1-")
+    assert record["digest"] == read(tmp_path / "b" / "rankwise.json")["digest"]
+    card = (tmp_path / "a" / "README.md").read_text(encoding="utf-8")
+    assert "| exclude | up\\_proj, layers.1.mlp.gate\\_proj | asked for |" in card
+    assert "| layers | 1- | asked for |" in card
+
+
+def test_new_tokens_by_command(rankwise, world, tmp_path):
+    for name, numbers in (("train", range(100, 130)), ("test", range(300, 306))):
+        rows = [{"prompt": f"what is {n}?", "completion": f"<tool>say {n}</tool>"} for n in numbers]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out, line = tmp_path / "out", ("--model", world / "tied")
+    ran = rankwise(
+        "train", *line, "--data", tmp_path / "train.jsonl", "--out", out, "--add-tokens", "<tool>,</tool>", *QUICK
+    )
+    assert (ran.code, "<tool> × " in ran.err) == (0, True)
+    found = rankwise("evaluate", *line, "--data", tmp_path / "test.jsonl", "--adapter", out, "--json")
+    assert (found.code, found.err, found.json["documents"]) == (0, "", 6)
+    merged = rankwise("merge", *line, "--adapter", out, "--out", tmp_path / "merged")
+    assert "14 layers and rows of 2 tokens merged" in merged.out
+    said = rankwise("chat", *line, "--adapter", out, "--max-new-tokens", 4, "--json", said="a <tool> b\n")
+    assert said.json["role"] == "assistant"
+    size = read(world / "tied" / "config.json")["vocab_size"]
+    assert f"model.embed_tokens               rows of tokens {size}, {size + 1}" in rankwise("inspect", out).out
+    again = rankwise("inspect", tmp_path / "merged", "--json")
+    assert again.json["sites"]["model.embed_tokens"]["shape"][1] == size + 2
+
+
 def test_training_further_by_command(rankwise, world, adapter, tmp_path):
     data = ["--data", world / "train.jsonl", "--valid", world / "valid.jsonl", "--test", world / "test.jsonl"]
     line = ["train", "--model", world / "llama", *data, "--continue-from", adapter, "--out", tmp_path / "out"]

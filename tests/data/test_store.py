@@ -85,6 +85,16 @@ def test_what_was_opened_stays_readable_when_the_entry_is_replaced(tmp_path):
     back, _ = open_corpus(tmp_path / "c")
     save_corpus(plain([9]), tmp_path / "c")
     assert back.tokens.tolist() == [1, 2, 3, 4, 5]
+    assert open_corpus(tmp_path / "c")[0].tokens.tolist() == [9]
+
+
+def test_a_whole_entry_is_left_to_whoever_reads_it(tmp_path):
+    """Two processes make the same entry: the second to finish may meet the first one while it opens its own."""
+    save_corpus(WHOLE, tmp_path / "c")
+    before = {path.name: path.stat().st_ino for path in (tmp_path / "c").iterdir()}
+    save_corpus(WHOLE, tmp_path / "c")
+    assert {path.name: path.stat().st_ino for path in (tmp_path / "c").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
 def test_facts_are_kept(tmp_path):

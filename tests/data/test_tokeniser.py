@@ -4,7 +4,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from rankwise.data.tokeniser import Draft, Piece, Tokeniser
+from rankwise.data.tokeniser import Draft, Piece, Tokeniser, add_tokens
+from rankwise.errors import SpecError
 from tests.data.chat import byte_level, metaspace, words
 
 
@@ -42,6 +43,29 @@ def test_cutting_keeps_the_beginning():
     draft = Draft((Piece("abc"), Piece("defg", ((1, 4),))), opened=True, closed=True)
     assert draft.cut(5) == Draft((Piece("abc"), Piece("de", ((1, 2),))), opened=True)
     assert draft.cut(2) == Draft((Piece("ab"), Piece("")), opened=True)
+
+
+@pytest.mark.parametrize("kind", [byte_level, metaspace, words])
+def test_added_tokens_are_whole_wherever_they_stand_and_are_shown(kind):
+    tokenizer = kind()
+    ids = add_tokens(tokenizer, ["<tool>", "two words", "工具"])
+    assert ids == tuple(range(len(tokenizer) - 3, len(tokenizer)))
+    for text, token in zip(("<tool>", "two words", "工具"), ids, strict=True):
+        assert Tokeniser(tokenizer).ids(f"a{text}b").count(token) == 1
+        assert text in tokenizer.decode([token], skip_special_tokens=True)
+
+
+def test_added_tokens_make_another_tokenizer():
+    before, tokenizer = Tokeniser(byte_level()).digest, byte_level()
+    add_tokens(tokenizer, ["<tool>"])
+    assert Tokeniser(tokenizer).digest != before
+
+
+def test_tokens_that_are_there_are_not_added_and_nothing_is():
+    tokenizer = byte_level()
+    with pytest.raises(SpecError, match=r"'a' is one already \(number \d+\)"):
+        add_tokens(tokenizer, ["<tool>", "a"])
+    assert len(tokenizer) == len(byte_level())
 
 
 @pytest.mark.parametrize(

@@ -19,25 +19,25 @@ from safetensors.torch import save_file
 
 from rankwise.engine.folder import RunFolder, held_folder
 from rankwise.engine.loop import train
-from rankwise.engine.run import Loop, Run
+from rankwise.engine.run import Loop, Pruning, Run
 from rankwise.surgery.bank import Bank
 from tests.corpora import random_corpus, random_labelled
 from tests.grid import spec
 from tests.models import tiny
 
 LENGTHS = [7, 9, 5, 12, 3, 20] * 3
-CORPORA = {None: random_corpus, "sequence-classification": random_labelled}
-WHOLE = {None: "norm", "sequence-classification": "classifier"}
 TASK = dict(enumerate(sys.argv)).get(2)
-CORPUS, VALID = CORPORA[TASK](LENGTHS), CORPORA[TASK]([9, 9, 4], seed=5)
-RUNS = {"a": Run(lr=5e-3), "b": Run(lr=1e-3, schedule="constant")}
+KIND, WHOLE, NEW = {None: (random_corpus, "norm", (97, 98))}.get(TASK, (random_labelled, "classifier", ()))
+CORPUS, VALID = KIND(LENGTHS), KIND([9, 9, 4], seed=5)
+RUNS = {"a": Run(lr=5e-3), "b": Run(lr=1e-3, schedule="constant"), "c": Run(lr=2e-3, pruning=Pruning(every=2))}
 
 
 def run(out, keep):
     loop, resume = Loop(batch_tokens=40, epochs=2, evaluate_every=3, save_every=1, keep=keep), RunFolder(out).begun
     with held_folder(out, resume=resume) as folder, Bank(tiny("bert" if TASK else "llama", task=TASK)) as bank:
-        bank.add("a", spec("all-linear", dropout=0.2, modules_to_save=(WHOLE[TASK],)))
+        bank.add("a", spec("all-linear", dropout=0.2, modules_to_save=(WHOLE,), new_tokens=NEW))
         bank.add("b", spec("minimal", rank=1))
+        bank.add("c", spec("attention", form="adalora", rank=5))
         train(bank, RUNS, CORPUS, valid=VALID, loop=loop, out=folder, resume=resume)
         tensors = {f"{n}/{p}": t.detach().clone() for n in bank.names for p, t in bank.named_parameters(n)}
         save_file(tensors, out.with_suffix(".safetensors"))

@@ -31,10 +31,18 @@ def test_every_tensor_is_in_exactly_one_group():
         )
 
 
+def test_rows_of_tokens_learn_at_the_run_s_rate_and_are_not_drawn_to_zero():
+    with Bank(tiny("llama")) as bank:
+        bank.add("a", spec(("q_proj",), new_tokens=(97, 98)))
+        (own,) = [rate for rate in rates(bank, "a", Run(lr_ratio=16, weight_decay=0.1)) if rate.role == "token rows"]
+        assert (own.factor, own.weight_decay) == (1, 0)
+        assert own.names == ("model.embed_tokens.rows", "lm_head.rows")
+
+
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_a_ratio_of_one_is_adamw_to_the_bit(decay):
     with bank_of("lora") as bank:
-        trainee = Trainee(bank, "a", Run(lr=1e-2, weight_decay=decay, clip=1e9))
+        trainee = Trainee(bank, "a", Run(lr=1e-2, weight_decay=decay, clip=1e9), 10)
         own = {name: parameter.detach().clone().requires_grad_() for name, parameter in trainee.parameters.items()}
         reference = torch.optim.AdamW(own.values(), lr=1e-2, weight_decay=decay, fused=True)
         for step in range(4):
@@ -49,7 +57,7 @@ def test_a_ratio_of_one_is_adamw_to_the_bit(decay):
 
 def test_the_fast_side_takes_so_many_times_the_step_of_the_other():
     with bank_of("lora") as bank:
-        trainee = Trainee(bank, "a", Run(lr=1e-3, lr_ratio=16, clip=1e9))
+        trainee = Trainee(bank, "a", Run(lr=1e-3, lr_ratio=16, clip=1e9), 10)
         before = {name: parameter.detach().clone() for name, parameter in trainee.parameters.items()}
         for parameter in trainee.parameters.values():
             parameter.grad = torch.ones_like(parameter)

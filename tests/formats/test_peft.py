@@ -9,9 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from rankwise.adapters.selection import is_called
 from rankwise.adapters.spec import LoraSpec
 from rankwise.errors import AdapterFileError, AdapterMismatchError, RankwiseWarning
+from rankwise.formats.peft import read_adapter
 from rankwise.surgery.bank import Bank
+from rankwise.surgery.sites import choose_sites
 from tests.grid import relative, spec, trained
 from tests.models import ARCHITECTURES, output, tiny
 
@@ -25,6 +28,11 @@ CASES = {
         "alpha_pattern": {"layers.0.self_attn.v_proj": 7},
     },
     "llama-regex": {"target_modules": r".*layers\.1\..*(up|gate)_proj"},
+    "llama-fewer": {"target_modules": ["q_proj", "down_proj", "lm_head"], "layers_to_transform": 1},
+    "qwen3-fewer": {"target_modules": "all-linear", "exclude_modules": [".*", "k_proj", "layers.0.mlp.up_proj"]},
+    "gpt2-fewer": {"target_modules": ["c_attn", "c_fc"], "exclude_modules": r".*\.0\..*", "fan_in_fan_out": True},
+    "t5-decoder": {"target_modules": ["q", "wo"], "layers_to_transform": [0, 1], "layers_pattern": ["decoder.block"]},
+    "bart-fewer": {"target_modules": ["v_proj", "fc2"], "layers_to_transform": [0], "exclude_modules": r"model\.enc.*"},
     "llama-whole": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     "llama-embedding": {"target_modules": ["embed_tokens", "q_proj"]},
     "gemma3-embedding": {"target_modules": ["embed_tokens", "q_proj"]},
@@ -101,6 +109,46 @@ def test_what_is_saved_here_does_the_same_in_peft(case, tmp_path):
     clean, _ = model_of(case)
     got = exactly(peft.PeftModel.from_pretrained(clean, tmp_path / "ours").eval(), inputs)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@ALL
+@pytest.mark.filterwarnings("ignore")
+def test_the_spec_that_is_read_means_the_layers_that_there_are(case, tmp_path):
+    peft_model(case)[0].save_pretrained(tmp_path)
+    bank = Bank(model_of(case)[0])
+    bank.load("theirs", tmp_path)
+    found = bank.adapter("theirs")
+    spec = found.spec.model_copy(update={"exclude": _of_the_model(bank, found.spec.exclude)})
+    assert [site.path for site in choose_sites(spec, bank.sites, tuple(bank.modules))] == list(found.sites)
+
+
+def _of_the_model(bank: Bank, exclude):
+    """PEFT lets a name stand that means nothing."""
+    return exclude if isinstance(exclude, str) else tuple(n for n in exclude if is_called(n, bank.modules))
+
+
+@pytest.mark.parametrize(
+    ("case", "targets", "exclude", "layers"),
+    [
+        ("llama-fewer", ("down_proj", "lm_head", "q_proj"), (), "1"),
+        ("gpt2-fewer", ("c_attn", "c_fc"), r".*\.0\..*", ""),
+        ("bart-fewer", ("fc2", "v_proj"), r"model\.enc.*", "0"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_what_was_left_out_is_read_as_it_was_said(case, targets, exclude, layers, tmp_path):
+    peft_model(case)[0].save_pretrained(tmp_path)
+    spec = read_adapter(tmp_path).spec
+    assert (spec.targets, spec.exclude, spec.layers) == (targets, exclude, layers)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_one_stack_of_several_is_read_as_its_layers_by_name(tmp_path):
+    peft_model("t5-decoder")[0].save_pretrained(tmp_path)
+    spec = read_adapter(tmp_path).spec
+    assert (spec.exclude, spec.layers) == ((), "")
+    assert len(spec.targets) == 6
+    assert all(path.startswith("decoder.block.") for path in spec.targets)
 
 
 @pytest.mark.parametrize("scaling", ["alpha/r", "alpha/sqrt(r)", "alpha"])

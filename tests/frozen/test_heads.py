@@ -10,6 +10,7 @@ from rankwise.errors import ModelError, SpecError
 from rankwise.frozen.load import load_base, read_outline
 from rankwise.tasks import TASKS
 from tests.data.chat import framed
+from tests.jobs.tasks import write_base
 from tests.models import BERT, LLAMA, VOCAB
 
 NAMES = ("bad", "good", "neutral")
@@ -160,6 +161,21 @@ def test_a_broken_processor_is_not_replaced(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text("{")
     with pytest.raises(ModelError, match="image processor cannot be loaded"):
         loaded(tmp_path, task="image-classification")
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "way_out"),
+    [
+        ("llama", "seq2seq", "--task causal-lm"),
+        ("t5", "causal-lm", "--task seq2seq"),
+        ("bert", "image-classification", "--task masked-lm"),
+        ("vit", "sequence-classification", "made for the task"),
+    ],
+)
+def test_a_model_of_another_task_is_refused_and_what_it_was_made_for_is_said(tmp_path, family, task, way_out):
+    with pytest.raises(ModelError, match=f"no model for {task} in the family '{family}'") as refused:
+        loaded(write_base(tmp_path, family), task=task)
+    assert way_out in refused.value.hint
 
 
 def test_an_outline_is_of_what_the_checkpoint_was_made_for(tmp_path):

@@ -25,13 +25,18 @@ EVERYTHING = {
     "rank": 8,
     "alpha": 12.5,
     "targets": ("q_proj", "v_proj"),
-    "form": "dora",
+    "exclude": ("layers.1.self_attn.q_proj", "lm_head"),
+    "layers": "0-11,20,24-",
+    "form": "adalora",
     "scaling": "alpha/sqrt(r)",
     "dropout": 0.05,
     "init": "gaussian",
     "rank_pattern": {r"layers\.(1|2)\..*": 4, "v_proj": 2},
     "alpha_pattern": {"a=b": 0.5},
+    "target_rank": 3,
+    "orthogonality": 0.25,
     "modules_to_save": ("lm_head", "norm"),
+    "add_tokens": ("<tool>", "it's"),
     "lr": 5e-5,
     "lr_ratio": 4.0,
     "schedule": "cosine",
@@ -51,6 +56,7 @@ EVERYTHING = {
     "save_every": 6,
     "checkpointing": True,
     "dtype": "bfloat16",
+    "storage": "nf4",
     "device": "cpu",
     "track": ("tensorboard", "wandb"),
     "task": "seq2seq",
@@ -78,7 +84,7 @@ def test_the_command_asks_for_the_same():
 
 @pytest.mark.parametrize("targets", ["minimal", "mlp", "q_proj", r"re:.*\.(q|v)_proj", "re:it's, [a]"])
 def test_the_command_asks_for_the_same_targets(targets):
-    request = TrainRequest(**LEAST, targets=targets)
+    request = TrainRequest(**LEAST, targets=targets, exclude=targets)
     assert asked(request.command()).spec == request.spec
 
 
@@ -154,13 +160,18 @@ test: it's.jsonl
 rank: 8
 alpha: 12.5
 targets: q_proj, v_proj
-form: dora
+exclude: layers.1.self_attn.q_proj, lm_head
+layers: 24-, 20, 0-11
+form: adalora
+target-rank: 3
+orthogonality: 0.25
 scaling: alpha/sqrt(r)
 dropout: 0.05
 init: gaussian
 rank-pattern: {'layers\.(1|2)\..*': 4, v_proj: 2}
 alpha_pattern: a=b=0.5
 modules_to_save: lm_head, norm
+add_tokens: [<tool>, it's]
 lr: 5e-5
 lr_ratio: 4
 schedule: cosine
@@ -181,6 +192,7 @@ save_every: 6
 checkpointing: true
 force: true
 dtype: bfloat16
+storage: nf4
 device: cpu
 track: [tensorboard, wandb]
 task: seq2seq
@@ -274,6 +286,22 @@ def test_targets_that_name_nothing_are_refused(targets):
         TrainRequest(**LEAST, targets=targets)
 
 
+@pytest.mark.parametrize("exclude", ["re:", "re:("])
+def test_exclusions_that_cannot_be_read_are_refused(exclude):
+    with pytest.raises(SpecError, match="exclude = "):
+        TrainRequest(**LEAST, exclude=exclude)
+
+
+@pytest.mark.parametrize("exclude", ["", ",", []])
+def test_nothing_may_be_left_out(exclude):
+    assert TrainRequest(**LEAST, exclude=exclude).spec == TrainRequest(**LEAST).spec
+
+
+@pytest.mark.parametrize("written", ["layers: 3", "layers: [3]", "layers: '3'", "layers: 3-3", "layers: 3,3"])
+def test_blocks_can_be_written_as_numbers_or_text(tmp_path, written):
+    assert TrainRequest(**LEAST, **config(tmp_path, written)).spec.layers == "3"
+
+
 def test_alpha_is_twice_the_rank_unless_it_is_asked_for():
     assert TrainRequest(**LEAST, rank=5).spec.alpha == 10
     assert TrainRequest(**LEAST, rank=5, alpha=3).spec.alpha == 3
@@ -313,7 +341,18 @@ def test_every_setting_has_its_reason():
 
 def test_an_adapter_that_is_trained_further_is_taken_as_it_is():
     table = {row["name"]: row for row in TrainRequest(**LEAST, continue_from="first").table()}
-    for name in ("rank", "alpha", "targets", "scaling", "dropout", "init", "rank_pattern", "modules_to_save"):
+    for name in (
+        "rank",
+        "alpha",
+        "targets",
+        "exclude",
+        "layers",
+        "scaling",
+        "dropout",
+        "init",
+        "rank_pattern",
+        "modules_to_save",
+    ):
         assert table[name] == {"name": name, "value": None, "reason": "as in the adapter that is trained further"}
     with pytest.raises(SpecError, match="leave out dropout, rank"):
         TrainRequest(**LEAST, continue_from="first", rank=4, dropout=0.1)

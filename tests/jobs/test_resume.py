@@ -21,6 +21,7 @@ from tests.jobs.world import lines, read
 
 # Long enough to be stopped on the way on a busy machine, with dropout, whose masks must go on where they were.
 SETTINGS = {"max_steps": 240, "batch_tokens": 150, "save_every": 20, "evaluate_every": 60, "dropout": 0.1, "rank": 4}
+SETTINGS["add_tokens"] = ("that is",)  # whose rows must go on where they were too
 STOPPED_AT = 30  # steps, with a checkpoint behind and most of the run ahead
 PATIENCE = 120  # seconds
 

@@ -354,7 +354,7 @@ def test_texts_longer_than_the_model_are_cut_at_its_limit_and_counted(tmp_path):
 
 
 def test_in_python_it_is_the_same(tmp_path):
-    """What docs/engine.md shows."""
+    """And without frequencies a base is its own reference, though its head is fresh."""
     import rankwise as rw
 
     files = write_task(tmp_path, "sequence-classification")

@@ -92,6 +92,7 @@ KEPT = {
     "llama, attention": (hf.LlamaConfig(**GROUPED), {"targets": "attention"}),
     "llama, minimal": (hf.LlamaConfig(**GROUPED), {"targets": "minimal", "rank": 4}),
     "llama, mlp": (hf.LlamaConfig(**GROUPED), {"targets": "mlp"}),
+    "llama, upper blocks": (hf.LlamaConfig(**GROUPED), {"layers": "1-", "exclude": ("q_proj",)}),
     "qwen3": (hf.Qwen3Config(**GROUPED, head_dim=32), {}),
     "gpt2": (hf.GPT2Config(vocab_size=96, n_embd=128, n_layer=3, n_head=4, n_positions=512), {}),
     "opt": (hf.OPTConfig(**{k: v for k, v in {**SIZES, **HEADS}.items() if k[0] != "i"}, ffn_dim=256), {}),

@@ -35,6 +35,16 @@ def test_a_base_on_somebodys_disk_is_no_hub_name(tmp_path, name):
     assert "/home/ann" not in body
 
 
+def test_new_tokens_are_named_and_the_way_to_load_them_is_told(tmp_path):
+    own = {"tokens": {"model.embed_tokens": [49152, 49153, 7]}, "new_tokens": {"<tool>": 49152, "</tool>": 49153}}
+    body = card(tmp_path, record=record(**own))[1]
+    assert r"model.embed\_tokens for the tokens \<tool\> (49152), \</tool\> (49153), 7." in body
+    used = body[body.index("## Use") : body.index("Or without")]
+    assert 'AutoTokenizer.from_pretrained("path/to/this/folder")' in used
+    assert ")\nmodel.resize_token_embeddings(len(tokenizer))\nmodel = PeftModel" in used
+    assert "resize_token_embeddings" not in card(tmp_path / "plain")[1]
+
+
 @pytest.mark.parametrize("name", ["gpt2", "123", "true", "null", "owner/1.0"])
 def test_a_hub_name_stays_a_string(tmp_path, name):
     front, _ = card(tmp_path, record=record(base={"name": name, "fingerprint": "ab"}))

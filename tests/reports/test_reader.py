@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from rankwise.adapters.adapter import Adapter
 from rankwise.adapters.lowrank import LowRank
 from rankwise.adapters.spec import LoraSpec
+from rankwise.adapters.tokens import TokenRows
 from rankwise.errors import RunFolderError
 from rankwise.formats.record import describe, write_record
 from rankwise.reports.reader import read_run
@@ -50,13 +51,16 @@ def test_an_adapter_saved_outside_a_run_has_no_facts(tmp_path):
 def test_what_formats_write_is_what_reports_read(tmp_path):
     spec = LoraSpec(targets=("q_proj", "v_proj"), rank_pattern={"layers.0.q_proj": 4}, modules_to_save=("head",))
     factors = LowRank(torch.ones(4, 3), torch.ones(2, 4), scale=8.0)
-    adapter = Adapter(spec, {"layers.0.q_proj": factors}, {"head": {"weight": torch.ones(1)}})
-    write_record(tmp_path, describe(adapter, "gpt2", "ab", {"versions": {"rankwise": "0.1.0"}}))
+    rows = {"embed": TokenRows((7, 5), torch.ones(2, 3))}
+    adapter = Adapter(spec, {"layers.0.q_proj": factors}, {"head": {"weight": torch.ones(1)}}, tokens=rows)
+    base = {"name": "gpt2", "fingerprint": "ab", "vocabulary": 9, "storage": "nf4"}
+    write_record(tmp_path, describe(adapter, base, {"versions": {"rankwise": "0.1.0"}}))
     read = read_run(tmp_path).record
     assert read.spec.targets == ("q_proj", "v_proj")
     assert read.spec.rank_pattern == {"layers.0.q_proj": 4}
     assert (read.sites["layers.0.q_proj"].rank, read.sites["layers.0.q_proj"].scale) == (4, 8.0)
     assert read.modules == ("head",)
+    assert read.tokens == {"embed": (5, 7)}
     assert read.parameters == adapter.parameter_count()
 
 

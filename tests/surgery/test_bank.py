@@ -7,7 +7,8 @@ from torch import nn
 from rankwise.adapters.adapter import Adapter
 from rankwise.adapters.spec import LoraSpec
 from rankwise.errors import AdapterMismatchError, BankError, RouteError, TargetError
-from rankwise.surgery.bank import Bank, _task
+from rankwise.formats.peft import task_of
+from rankwise.surgery.bank import Bank
 from rankwise.surgery.layer import AdaptedLayer
 from tests.grid import relative, spec, state_of, trained
 from tests.models import ARCHITECTURES, output, tiny, words
@@ -317,4 +318,4 @@ def test_the_task_of_a_conditional_model_follows_its_config(encoder_decoder, tas
     class SomeForConditionalGeneration(nn.Module):
         config = SimpleNamespace(is_encoder_decoder=encoder_decoder)
 
-    assert _task(SomeForConditionalGeneration()) == task
+    assert task_of(SomeForConditionalGeneration()) == task

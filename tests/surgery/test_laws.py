@@ -6,9 +6,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankwise.errors import BankError, RouteError
+from rankwise.frozen.coded import hold
 from rankwise.surgery.bank import Bank
-from tests.grid import DTYPES, FORMS, RESIDUAL_STARTS, SCALINGS, STARTS, STORAGES, relative, spec, state_of, trained
-from tests.models import ARCHITECTURES, output, tiny
+from tests.grid import (
+    DTYPES,
+    FORMS,
+    RESIDUAL_FORMS,
+    RESIDUAL_STARTS,
+    SCALINGS,
+    STARTS,
+    STORAGES,
+    relative,
+    spec,
+    state_of,
+    trained,
+)
+from tests.models import ARCHITECTURES, VOCAB, output, tiny
 
 EVERY = pytest.mark.parametrize("name", ARCHITECTURES)
 LOW = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -18,9 +31,11 @@ LOW = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @LOW
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("storage", STORAGES)
 @torch.no_grad()
-def test_a_fresh_adapter_changes_no_bit(name, dtype, form, start):
-    model = tiny(name, dtype).requires_grad_(False)  # torch chooses convolution kernels by this flag, with other bits
+def test_a_fresh_adapter_changes_no_bit(name, dtype, form, start, storage):
+    model = hold(tiny(name, dtype), storage)
+    model.requires_grad_(False)  # torch chooses convolution kernels by this flag, with other bits
     inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in ARCHITECTURES[name].inputs(3).items()}
     before = output(model, inputs)
     with Bank(model) as bank:
@@ -32,7 +47,7 @@ def test_a_fresh_adapter_changes_no_bit(name, dtype, form, start):
 
 @EVERY
 @pytest.mark.parametrize("start", RESIDUAL_STARTS)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", RESIDUAL_FORMS)
 @torch.no_grad()
 def test_a_residual_start_changes_nothing_but_roundings_and_never_the_base(name, form, start):
     model = tiny(name).requires_grad_(False)
@@ -49,7 +64,7 @@ def test_a_residual_start_changes_nothing_but_roundings_and_never_the_base(name,
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "unet"])
 @pytest.mark.parametrize("start", RESIDUAL_STARTS)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", RESIDUAL_FORMS)
 @torch.no_grad()
 def test_a_residual_start_is_saved_as_a_plain_adapter_of_the_base(name, form, start, tmp_path):
     model, inputs = tiny(name), ARCHITECTURES[name].inputs(3)
@@ -105,28 +120,41 @@ def test_dora_learns_by_the_papers_gradient(name):
 @pytest.mark.parametrize("scaling", SCALINGS)
 @torch.no_grad()
 def test_forward_is_merged(name, dtype, form, storage, scaling):
-    model, truth = tiny(name, dtype), tiny(name, dtype).float()
+    chosen = spec(ARCHITECTURES[name].targets, form=form, scaling=scaling)
+    merged, adapted, want, base, base_wanted = merged_and_adapted(name, dtype, chosen, storage)
+    if dtype == torch.float32:
+        assert relative(merged, adapted) < 1e-5
+    else:  # one more rounding of each weight may cost no more than the number format has cost already
+        cost = max(typical(adapted, want), typical(base, base_wanted))
+        assert typical(merged, want) < 2 * cost + 0.01
+
+
+def typical(got: torch.Tensor, want: torch.Tensor) -> float:
+    """The middle one of the vectors' relative differences: a rounding may send a few tokens to other experts."""
+    apart, size = ((x.double().flatten(0, -2)).norm(dim=-1) for x in (got - want, want))
+    return float((apart / size.clamp(min=1e-30)).median())
+
+
+def merged_and_adapted(name, dtype, chosen, storage) -> tuple[torch.Tensor, ...]:
+    """What comes out with an adapter merged, of base + adapter and of that in float32, of the base and of that too."""
+    model, truth = hold(tiny(name, dtype), storage), hold(tiny(name, dtype).float(), storage)
     inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in ARCHITECTURES[name].inputs(3).items()}
     exact = {k: v.float() if v.is_floating_point() else v for k, v in inputs.items()}
-    chosen = spec(ARCHITECTURES[name].targets, form=form, storage=storage, scaling=scaling)
     with Bank(model) as bank, Bank(truth) as reference:
         trained(bank, "task", chosen)
         trained(reference, "task", chosen)
         with reference.use("task"):
             want = output(truth, exact)
-        assert relative(output(truth, exact), want) > 0.05, "the adapter does too little for the test to see"
+        base, base_wanted = output(model, inputs), output(truth, exact)
+        assert relative(base_wanted, want) > 0.05, "the adapter does too little for the test to see"
         with bank.use("task"):
             adapted = output(model, inputs)
-        report = bank.merge("task")
+        assert bank.merge("task").layers == len(bank.adapter("task").sites)
         merged = output(model, inputs)
-        assert report.layers == len(bank.adapter("task").sites)
-        if dtype == torch.float32:
-            assert relative(merged, adapted) < 1e-5
-        else:  # one more rounding of each weight may cost no more than the number format has cost already
-            assert relative(merged, want) < 2 * relative(adapted, want) + 0.01
         bank.unmerge()
         with bank.use("task"):
             assert torch.equal(output(model, inputs), adapted)
+    return merged, adapted, want, base, base_wanted
 
 
 @EVERY
@@ -167,11 +195,14 @@ def test_rows_routed_equal_rows_alone(name, form):
 OPERATIONS = ("add", "remove", "use", "merge", "unmerge", "route", "train", "eval")
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "t5", "gpt2", "unet", "roberta"])
+@pytest.mark.parametrize(
+    ("name", "storage"),
+    [*((name, "dense") for name in ("llama-tied", "t5", "gpt2", "unet", "roberta")), ("gpt2", "int8"), ("t5", "nf4")],
+)
 @given(st.lists(st.tuples(st.sampled_from(OPERATIONS), st.integers(0, 3)), max_size=25))
 @settings(max_examples=100, deadline=None)
-def test_undo_is_exact_in_any_order(name, steps):
-    model = tiny(name)
+def test_undo_is_exact_in_any_order(name, storage, steps):
+    model = hold(tiny(name), storage)
     inputs, before = ARCHITECTURES[name].inputs(2), state_of(model)
     bank = Bank(model)
     values: dict[str, str] = {}
@@ -192,9 +223,15 @@ def test_undo_is_exact_in_any_order(name, steps):
     assert state_of(model) == before
 
 
+# Of the adapters a0 … a3 two have rows of tokens, where the model has an embedding that is no target.
+TOKENS = {"a2": {"trained_tokens": (7, 3)}, "a3": {"new_tokens": (VOCAB, VOCAB + 1), "trained_tokens": (5,)}}
+
+
 def _operate(bank: Bank, what: str, own: str, inputs: dict[str, torch.Tensor], targets: tuple[str, ...]) -> None:
     if what == "add":
-        trained(bank, own, spec(targets, rank=1 + int(own[1:])), seed=int(own[1:]))
+        tokens = TOKENS.get(own, {}) if bank.vocabulary.embedding is not None else {}
+        chosen = targets[:1] if tokens else targets
+        trained(bank, own, spec(chosen, rank=1 + int(own[1:]), **tokens), seed=int(own[1:]))
     elif what == "use":
         with bank.use(own):
             output(bank.model, inputs)

@@ -3,7 +3,7 @@ import torch
 import transformers as hf
 from torch import nn
 
-from rankwise.errors import RouteError
+from rankwise.errors import RankwiseWarning, RouteError
 from rankwise.surgery.bank import Bank
 from tests.grid import relative, spec, trained
 from tests.models import output, tiny, words
@@ -112,3 +112,21 @@ def test_recomputation_meets_the_mask_of_its_own_pass(passes):
             gradients.append([p.grad for _, p in bank.named_parameters("a")])
     for plain, again in zip(*gradients, strict=True):
         assert relative(again, plain) < 1e-5
+
+
+def test_training_outside_any_route_says_that_nothing_learns(recwarn):
+    model, inputs = tiny("llama").train(), words(2)
+    with Bank(model) as bank:
+        bank.add("a", spec("minimal"))
+        with pytest.warns(RankwiseWarning, match=r"no route.*bank\.use"):
+            model(**inputs)
+        recwarn.clear()
+        with torch.no_grad():
+            model(**inputs)
+        for name in ("a", None):
+            with bank.use(name):
+                model(**inputs)
+        model.eval()
+        model(**inputs)
+    model.train()(**inputs)
+    assert not recwarn.list

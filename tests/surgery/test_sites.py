@@ -74,3 +74,14 @@ def test_a_model_that_says_nothing_of_ties_is_baked_all_the_same():
         want = output(model, x)
     bank.bake("a")
     assert relative(output(model, x), want) < 1e-5
+
+
+def test_a_preset_leaves_out_what_is_trained_whole_and_a_name_does_not():
+    with Bank(headed()) as bank:
+        bank.add("a", spec("all-linear", modules_to_save=("head",)))
+        assert list(bank.adapter("a").sites) == ["body"]
+        assert list(bank.adapter("a").modules) == ["head"]
+        with pytest.raises(TargetError, match="holds targeted"):
+            bank.add("b", spec(("0",), modules_to_save=("head",)))
+    with pytest.raises(TargetError, match="match no layer"):
+        Bank(headed()).add("a", spec("all-linear", modules_to_save=("head", "body")))
