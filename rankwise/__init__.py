@@ -11,10 +11,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rankwise.adapters.adapter import Adapter
     from rankwise.adapters.spec import LoraSpec
+    from rankwise.data.classes import Classes, find_classes
     from rankwise.data.corpus import Corpus
+    from rankwise.data.picture_files import read_pictures
+    from rankwise.data.pictures import Look
     from rankwise.data.prepare import prepare
     from rankwise.data.split import split
     from rankwise.data.template import Template
+    from rankwise.data.text_readings import LabelledTexts, PlainTexts, SourceTargets
     from rankwise.engine.begin import Begun, begin
     from rankwise.engine.evaluate import Evaluation, evaluate
     from rankwise.engine.folder import held_folder
@@ -30,22 +34,29 @@ _HOMES = {
     "Bank": "surgery.bank",
     "Base": "frozen.load",
     "Begun": "engine.begin",
+    "Classes": "data.classes",
     "Corpus": "data.corpus",
     "Evaluation": "engine.evaluate",
+    "LabelledTexts": "data.text_readings",
+    "Look": "data.pictures",
     "LoraSpec": "adapters.spec",
     "Loop": "engine.run",
     "Outcome": "engine.loop",
+    "PlainTexts": "data.text_readings",
     "RankwiseError": "errors",
     "RankwiseWarning": "errors",
     "Run": "engine.run",
+    "SourceTargets": "data.text_readings",
     "Start": "engine.run",
     "Template": "data.template",
     "begin": "engine.begin",
     "evaluate": "engine.evaluate",
+    "find_classes": "data.classes",
     "held_folder": "engine.folder",
     "load_base": "frozen.load",
     "plan": "planning.plan",
     "prepare": "data.prepare",
+    "read_pictures": "data.picture_files",
     "split": "data.split",
     "train": "engine.loop",
 }
@@ -55,22 +66,29 @@ __all__ = [
     "Bank",
     "Base",
     "Begun",
+    "Classes",
     "Corpus",
     "Evaluation",
+    "LabelledTexts",
+    "Look",
     "Loop",
     "LoraSpec",
     "Outcome",
+    "PlainTexts",
     "RankwiseError",
     "RankwiseWarning",
     "Run",
+    "SourceTargets",
     "Start",
     "Template",
     "begin",
     "evaluate",
+    "find_classes",
     "held_folder",
     "load_base",
     "plan",
     "prepare",
+    "read_pictures",
     "split",
     "train",
 ]

@@ -199,10 +199,49 @@ ARCHITECTURES: dict[str, Architecture] = {
 CAUSAL = [name for name, architecture in ARCHITECTURES.items() if architecture.causal]
 
 
-def tiny(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+def _classes(config: hf.PreTrainedConfig) -> Callable[[], nn.Module]:
+    return lambda: hf.AutoModelForSequenceClassification.from_config(copy.deepcopy(config))
+
+
+def _masked(config: hf.PreTrainedConfig) -> Callable[[], nn.Module]:
+    return lambda: hf.AutoModelForMaskedLM.from_config(copy.deepcopy(config))
+
+
+_DISTILBERT = {"vocab_size": VOCAB, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4}
+_ALBERT = {**BERT, "embedding_size": 16}
+
+# Architectures by what they are trained for, beside causal language models; the layers that `targets` names.
+TASKS: dict[str, dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]]] = {
+    "masked-lm": {
+        "bert": (_masked(hf.BertConfig(**BERT)), ("query", "dense")),
+        "roberta": (_masked(hf.RobertaConfig(**{**BERT, "pad_token_id": 1})), ("key", "intermediate.dense")),
+        "distilbert": (_masked(hf.DistilBertConfig(**_DISTILBERT)), ("q_lin", "lin1")),
+        "albert": (_masked(hf.AlbertConfig(**_ALBERT)), ("query", "ffn")),
+    },
+    "seq2seq": {
+        "t5": (ARCHITECTURES["t5"].build, ("q", "wo")),
+        "bart": (ARCHITECTURES["bart"].build, ("v_proj", "fc2")),
+    },
+    "sequence-classification": {
+        "bert": (_classes(hf.BertConfig(**BERT, num_labels=3)), ("query", "dense")),
+        "roberta": (_classes(hf.RobertaConfig(**{**BERT, "pad_token_id": 1}, num_labels=3)), ("key", "value")),
+        "distilbert": (_classes(hf.DistilBertConfig(**_DISTILBERT, num_labels=3)), ("q_lin", "lin1")),
+        "albert": (_classes(hf.AlbertConfig(**_ALBERT, num_labels=3)), ("query", "ffn")),
+        "llama": (_classes(hf.LlamaConfig(**LLAMA, num_labels=3)), ("q_proj", "down_proj")),
+        "gpt2": (
+            _classes(hf.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, pad_token_id=0, num_labels=3)),
+            ("c_attn", "c_fc"),
+        ),
+    },
+    "image-classification": {"vit": (ARCHITECTURES["vit"].build, ("q_proj", "projection"))},
+}
+TASK_MODELS = [(task, name) for task, models in TASKS.items() for name in models]
+
+
+def tiny(name: str, dtype: torch.dtype = torch.float32, task: str | None = None) -> nn.Module:
     """The architecture's model, weights drawn with seed 0 and large enough to matter, in evaluation mode."""
     torch.manual_seed(0)
-    model = ARCHITECTURES[name].build()
+    model = ARCHITECTURES[name].build() if task is None else TASKS[task][name][0]()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

@@ -8,6 +8,7 @@ import pytest
 import typer
 
 from rankwise.cli.app import app
+from tests.jobs.tasks import write_task
 from tests.jobs.world import write_model, write_rows
 
 ROOT = Path(__file__).parents[1]
@@ -47,6 +48,16 @@ def test_the_python_of_the_library_page_runs_from_top_to_bottom(tmp_path, monkey
     exec("\n".join(blocks(ROOT / "docs" / "library.md", "python")).replace("path/or/hub-id", "./model"), space := {})
     assert space["tuned"]["eval_loss"] < space["base"]["eval_loss"]
     assert {path.parent.name for path in tmp_path.glob("out/*/adapter_config.json")} == {"task", "prefers"}
+
+
+def test_the_python_of_the_tasks_page_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    files = write_task(tmp_path, "sequence-classification")
+    files["data"].rename("train.jsonl")
+    (code,) = blocks(ROOT / "docs" / "tasks.md", "python")
+    exec(code.replace("path/to/bert", str(files["model"])), {})
+    assert "'reference': 'class frequencies'" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("page", "line"), COMMANDS)

@@ -31,10 +31,14 @@ _ATTENTION_NAMES: dict[Role, str] = {
 }
 
 
+# What models call the layers, or the top-level modules, that make logits of hidden states.
+_HEADS = ("lm_head", "classifier", "score", "qa_outputs", "classification_head")
+
+
 def linear_role(path: str, in_attention: bool) -> Role:
     """The role of a linear layer at `path`, in an attention block or not."""
     *parents, leaf = path.split(".")
-    if leaf in ("lm_head", "classifier", "score", "qa_outputs"):
+    if any(part in _HEADS for part in (*parents[:1], leaf)):
         return "head"
     if in_attention:
         return next((role for role, names in _ATTENTION_NAMES.items() if re.fullmatch(names, leaf, re.I)), "attention")

@@ -17,6 +17,7 @@ def evaluate(
     adapter: Annotated[
         list[Path], typer.Option("--adapter", metavar="DIR", help="An adapter's folder; may be repeated.")
     ],
+    task: Annotated[str | None, typer.Option(help="What for [as in training].", show_default=False)] = None,
     max_length: Annotated[
         int | None, typer.Option(help="Longest document, in tokens [as in training, else 2048].", show_default=False)
     ] = None,
@@ -40,22 +41,41 @@ def evaluate(
       rankwise evaluate --model ./SmolLM2-135M-Instruct --data test.jsonl --adapter runs/a --adapter runs/b
     """
     from rankwise.jobs.evaluate import run_evaluation
-    from rankwise.jobs.plan_text import left_out
 
-    asked: dict[str, Any] = {"max_length": max_length, "overlong": overlong, "train_on": train_on, "storage": storage}
+    reading = {"task": task, "max_length": max_length, "overlong": overlong, "train_on": train_on, "storage": storage}
     with looking_on(json) as watch:
-        found = run_evaluation(model, adapter, data, watch, dtype=dtype, device=device, force=force, **asked)
+        found = run_evaluation(model, adapter, data, watch, dtype=dtype, device=device, force=force, **reading)
         if json:
             print_json(found)
             return
-        watch.say(f"{found['documents']:,} documents, {found['tokens']:,} supervised tokens; nats per token")
-        for words in left_out(found):
-            watch.say(f"  {words}")
-        width = max(len(one["name"]) for one in [{"name": "base"}, *found["adapters"]])
-        print(f"{'base':{width}}  {found['base']['loss']:.4f}")
-        for one in found["adapters"]:
-            delta = one["delta"]
-            print(
-                f"{one['name']:{width}}  {one['loss']:.4f}  difference {delta['mean']:+.4f} "
-                f"(95 % {delta['low']:+.4f} … {delta['high']:+.4f})"
-            )
+        _show(found, watch)
+
+
+def _show(found: dict[str, Any], watch: Any) -> None:
+    from rankwise.jobs.plan_text import left_out
+    from rankwise.tasks import TASKS
+
+    task = TASKS[found["task"]]
+    judged = "" if task.classifies else f", {found['tokens']:,} {task.item}s"
+    watch.say(f"{found['documents']:,} documents{judged}; nats per {task.unit}")
+    for words in left_out(found):
+        watch.say(f"  {words}")
+    base = found.get("reference", "base")
+    width = max(len(one) for one in (base, *(one["name"] for one in found["adapters"])))
+    print(f"{base:{width}}  {found['base']['loss']:.4f}{_accuracy(found['base'])}")
+    for one in found["adapters"]:
+        delta = one["delta"]
+        print(
+            f"{one['name']:{width}}  {one['loss']:.4f}  difference {delta['mean']:+.4f} "
+            f"(95 % {delta['low']:+.4f} … {delta['high']:+.4f}){_accuracy(one)}"
+        )
+
+
+def _accuracy(one: dict[str, Any]) -> str:
+    """Of a base or an adapter, where there are classes."""
+    if "accuracy" not in one:
+        return ""
+    accuracy, delta = one["accuracy"], one.get("accuracy_delta")
+    told = f"  accuracy {accuracy['value']:.1%} ({accuracy['low']:.1%} … {accuracy['high']:.1%})"
+    told += f", macro-F1 {one['macro_f1']:.3f}"
+    return told if delta is None else f"{told}, McNemar p {delta['mcnemar_p']:.2g}"

@@ -12,6 +12,9 @@ from rankwise.cli.options import Json
 
 def inspect(
     what: Annotated[str, typer.Argument(metavar="DIR|MODEL", help="An adapter's folder, or a model's folder or id.")],
+    task: Annotated[
+        str | None, typer.Option(help="Of a model: what it is to be loaded for [as it was made].", show_default=False)
+    ] = None,
     json: Json = False,
 ) -> None:
     """Show what an adapter changes, or what a model offers.
@@ -25,7 +28,7 @@ def inspect(
     """
     from rankwise.jobs.inspect import run_inspection
 
-    found = run_inspection(what)
+    found = run_inspection(what, task)
     if json:
         print_json(found)
     elif found["kind"] == "adapter":
@@ -37,6 +40,8 @@ def inspect(
 def _show_adapter(found: dict[str, Any]) -> None:
     spec, base = found["spec"], found["base"]
     print(f"{found['path']}: {found['parameters']:,} parameters, {spec['form']}, {spec['scaling']}")
+    if found["classes"]:
+        print(f"{found['task']}: {', '.join(found['classes'])}")
     mark = f"fingerprint {base['fingerprint'][:12]}…" if base and base["fingerprint"] else "no fingerprint"
     print(f"base: {base['name']} ({mark})" if base else "base: not recorded")
     if found["changes_nothing"]:

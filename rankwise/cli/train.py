@@ -21,6 +21,7 @@ def train(**given: Any) -> None:
 
     Examples:
       rankwise train --model ./SmolLM2-135M-Instruct --data chats.jsonl --out runs/chats
+      rankwise train --task sequence-classification --model ./bert --data sst2.jsonl --out runs/sst2
       rankwise train --config run.yaml --rank 8 --out runs/rank-8
       rankwise train --config run.yaml --out runs/chats --resume
     """

@@ -11,31 +11,16 @@ text           text                                            plain text, all o
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rankwise.data.fields import Fields, Shape, known_shape, shape_among, shown
 from rankwise.data.problems import Problems
 from rankwise.data.row import Row
 from rankwise.errors import nearest
 
 Message = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The fields by which a row is known, and those it may have besides."""
-
-    needed: tuple[str, ...]
-    optional: tuple[str, ...] = ()
-
-    @property
-    def fields(self) -> tuple[str, ...]:
-        return self.needed + self.optional
-
-    def missing(self, fields: Mapping[str, Any]) -> list[str]:
-        return [key for key in self.needed if fields.get(key) is None]
 
 
 SHAPES = {
@@ -88,43 +73,21 @@ class Conversation:
 
 def shape_of(fields: Mapping[str, Any]) -> str | None:
     """The first shape of the table whose needed fields are all there and not null."""
-    return next((name for name, shape in SHAPES.items() if not shape.missing(fields)), None)
+    return shape_among(SHAPES, fields)
 
 
 def read_document(row: Row, problems: Problems) -> Text | Conversation | None:
     """What a row says, or None with every reason noted: file:line, field, what was expected."""
-    shape = shape_of(row.fields)
+    shape = known_shape(SHAPES, row, problems)
     if shape is None:
-        shapes = ", or ".join(" and ".join(map(repr, shape.needed)) for shape in SHAPES.values())
-        problems.add(row.origin, _no_shape(row.fields), hint=f"a row has {shapes}; rename the fields")
         return None
     reader = _Reader(row, problems)
     document = _READERS[shape](reader)
     return None if reader.failed else document
 
 
-def _no_shape(fields: Mapping[str, Any]) -> str:
-    """What is missing from the shape that comes nearest, or which known field may be meant."""
-    there = ", ".join(map(repr, fields)) or "none"
-    for shape in SHAPES.values():
-        missing = shape.missing(fields)
-        if missing[0] in fields:
-            return f"field {missing[0]!r} is null"
-        if len(missing) < len(shape.needed):
-            has = next(key for key in shape.needed if key not in missing)
-            guess = nearest(missing[0], [key for key in fields if key not in shape.fields])
-            return f"has {has!r} but no {missing[0]!r} (fields: {there}){guess}"
-    known = [key for shape in SHAPES.values() for key in shape.needed]
-    guess = next((text for key in fields if (text := nearest(key, known))), "")
-    return f"no known shape of row (fields: {there}){guess}"
-
-
-class _Reader:
-    """One row being read; a method for each shape.  Problems are noted and reading goes on to the next field."""
-
-    def __init__(self, row: Row, problems: Problems) -> None:
-        self._row, self._fields, self._problems = row, row.fields, problems
-        self.failed = False
+class _Reader(Fields):
+    """One row being read; a method for each shape."""
 
     def messages(self) -> Conversation:
         return self._conversation(self._turns("messages", self._fields["messages"]))
@@ -141,17 +104,14 @@ class _Reader:
 
     def instruction(self) -> Conversation:
         given = ["instruction", *(["input"] if self._has("input") else [])]
-        paragraphs = [self._string(key, self._fields[key]) or "" for key in given]
+        paragraphs = [self.string(key, self._fields[key]) or "" for key in given]
         question = {"role": "user", "content": "\n\n".join(paragraphs)}
         context = [*self._system(), *self._history(), question]
         turns = [*context, *self._side("output", "assistant")]
         return self._conversation(turns, len(context), _paragraphs(context) + "\n\n")
 
-    def text(self) -> Text:
-        text = self._string("text", self._fields["text"])
-        if text is not None and not text.strip():
-            self._wrong("text", "is empty, expected text to learn")
-        return Text(text or "")
+    def plain(self) -> Text:
+        return Text(self.text("text"))
 
     def _conversation(self, turns: Sequence[Message], context: int = 0, prompt: str | None = None) -> Conversation:
         """The first `context` turns are never trained."""
@@ -159,7 +119,7 @@ class _Reader:
         weights = {i: turns[i].pop("weight", 1) for i in assistants}
         wrong = [i for i, weight in weights.items() if weight not in (0, 1)]
         for i in wrong:
-            self._wrong(f"turn {i}: 'weight'", f"is {weights[i]!r}, expected 0 or 1")
+            self.wrong(f"turn {i}: 'weight'", f"is {weights[i]!r}, expected 0 or 1")
         untrained = frozenset(i for i in assistants if i < context or not weights[i])
         return Conversation(tuple(turns), self._tools(), untrained, prompt)
 
@@ -173,13 +133,13 @@ class _Reader:
     def _turns(self, field: str, value: Any) -> list[Message]:
         turns = self._listed(field, value)
         if not turns and not self.failed:
-            self._wrong(field, "is an empty list, expected turns")
+            self.wrong(field, "is an empty list, expected turns")
         return [turn for i, given in enumerate(turns) for turn in self._turn(f"{field}[{i}]", given)]
 
     def _turn(self, where: str, given: Any) -> list[Message]:
         """The turn in a list, or an empty list and a problem."""
         if not isinstance(given, Mapping):
-            self._wrong(where, f"is {_shown(given)}, expected an object with 'role' and 'content'")
+            self.wrong(where, f"is {shown(given)}, expected an object with 'role' and 'content'")
             return []
         sharegpt = "from" in given and "role" not in given
         who, what = ("from", "value") if sharegpt else ("role", "content")
@@ -189,7 +149,7 @@ class _Reader:
             content = self._content(where, given, what)
             turn["content"] = content or ""
             if role == "assistant" and content is not None and not content.strip() and not turn.keys() & _SPEECH:
-                self._wrong(where, "is an empty assistant turn, expected something to learn")
+                self.wrong(where, "is an empty assistant turn, expected something to learn")
         return [{"role": role, **turn}]
 
     def _role(self, where: str, given: Any, sharegpt: bool) -> str:
@@ -198,10 +158,10 @@ class _Reader:
         if role in ROLES:
             return str(role)
         if given is None:
-            self._wrong(where, f"is missing, expected one of {', '.join(known)}")
+            self.wrong(where, f"is missing, expected one of {', '.join(known)}")
         else:
             guess = nearest(given, known) if isinstance(given, str) else ""
-            self._wrong(where, f"is {_shown(given)}, expected one of {', '.join(known)}{guess}")
+            self.wrong(where, f"is {shown(given)}, expected one of {', '.join(known)}{guess}")
         return ""
 
     def _content(self, where: str, given: Mapping[str, Any], key: str) -> str | None:
@@ -209,16 +169,16 @@ class _Reader:
         value = given.get(key)
         if value is None:
             guess = nearest(key, [other for other in given if isinstance(other, str)])
-            self._wrong(where, f"has no {key!r}, expected a string{guess}")
+            self.wrong(where, f"has no {key!r}, expected a string{guess}")
             return None
         if not isinstance(value, list):
-            return self._string(f"{where}.{key}", value)
+            return self.string(f"{where}.{key}", value)
         parts = []
         for i, part in enumerate(value):
             if isinstance(part, Mapping) and part.get("type", "text") == "text" and "text" in part:
-                parts.append(self._string(f"{where}.{key}[{i}].text", part["text"]))
+                parts.append(self.string(f"{where}.{key}[{i}].text", part["text"]))
             else:
-                self._wrong(f"{where}.{key}[{i}]", f'is {_shown(part)}, expected {{"type": "text", "text": …}}')
+                self.wrong(f"{where}.{key}[{i}]", f'is {shown(part)}, expected {{"type": "text", "text": …}}')
                 parts.append(None)
         return None if None in parts else "\n".join(map(str, parts))
 
@@ -230,13 +190,13 @@ class _Reader:
                 turns += self._turn(f"history[{i}][0]", {"role": "user", "content": pair[0]})
                 turns += self._turn(f"history[{i}][1]", {"role": "assistant", "content": pair[1]})
             else:
-                self._wrong(f"history[{i}]", f"is {_shown(pair)}, expected [question, answer]")
+                self.wrong(f"history[{i}]", f"is {shown(pair)}, expected [question, answer]")
         return turns
 
     def _system(self) -> list[Message]:
         if not self._has("system"):
             return []
-        return [{"role": "system", "content": self._string("system", self._fields["system"]) or ""}]
+        return [{"role": "system", "content": self.string("system", self._fields["system"]) or ""}]
 
     def _has(self, field: str) -> bool:
         """Whether an optional field is there and says something; tables have a blank where there is nothing."""
@@ -252,28 +212,12 @@ class _Reader:
             try:
                 value = json.loads(value)
             except (ValueError, RecursionError) as error:
-                self._wrong(field, f"begins like a list in JSON but is none: {error}")
+                self.wrong(field, f"begins like a list in JSON but is none: {error}")
                 return []
         if isinstance(value, list):
             return value
-        self._wrong(field, f"is {_shown(value)}, expected a list")
+        self.wrong(field, f"is {shown(value)}, expected a list")
         return []
-
-    def _string(self, where: str, value: Any) -> str | None:
-        """The value when it is text a tokenizer takes; None when it is not, which is noted."""
-        if not isinstance(value, str):
-            self._wrong(where, f"is {_shown(value)}, expected a string")
-            return None
-        stray = _NOT_TEXT.search(value)
-        if stray is None:
-            return value
-        name = "a NUL" if stray[0] == "\0" else "half of a surrogate pair"
-        self._wrong(where, f"holds {name} (\\u{ord(stray[0]):04x}) at character {stray.start() + 1}, expected text")
-        return None
-
-    def _wrong(self, where: str, what: str) -> None:
-        self.failed = True
-        self._problems.add(self._row.origin, f"{where} {what}")
 
 
 _READERS: dict[str, Callable[[_Reader], Text | Conversation]] = {
@@ -281,22 +225,11 @@ _READERS: dict[str, Callable[[_Reader], Text | Conversation]] = {
     "conversations": _Reader.conversations,
     "completion": _Reader.completion,
     "instruction": _Reader.instruction,
-    "text": _Reader.text,
+    "text": _Reader.plain,
 }
-_NOT_TEXT = re.compile("[\0\ud800-\udfff]")
 # With one of these an assistant turn says something even when its content is empty.
 _SPEECH = {"tool_calls", "reasoning_content", "thinking", "reasoning"}
 
 
 def _paragraphs(turns: Sequence[Message]) -> str:
     return "\n\n".join(turn.get("content", "") for turn in turns)
-
-
-def _shown(value: Any) -> str:
-    """A value as a person would name it: its kind, and the beginning of itself."""
-    if value is None:
-        return "null"
-    names = {bool: "true or false", int: "a number", float: "a number", str: "the string", list: "a list"}
-    kind = next((name for type_, name in names.items() if isinstance(value, type_)), "an object")
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return f"{kind} ({text if len(text) <= 40 else text[:37] + '…'})"

@@ -12,9 +12,11 @@ from functools import cached_property
 
 import numpy as np
 
+from rankwise.data.examples import Examples
+
 
 @dataclass(frozen=True, eq=False)
-class Corpus:
+class Corpus(Examples):
     """Documents one behind the other, none empty; the arrays may be memory-mapped and are never written to.
 
     Attributes:
@@ -50,11 +52,6 @@ class Corpus:
             return np.zeros(0, dtype=np.int64)
         return np.add.reduceat(self.supervised, self.bounds[:-1], dtype=np.int64)
 
-    def origin(self, i: int) -> str:
-        """Where a document stands: `train.jsonl:17`."""
-        file, line = self.origins[i]
-        return f"{self.files[file]}:{line}"
-
     def subset(self, indices: Sequence[int] | np.ndarray) -> Corpus:
         """The named documents, in that order, as copies."""
         chosen = np.asarray(indices, dtype=np.int64).reshape(-1)
@@ -63,6 +60,10 @@ class Corpus:
         # Where each token of the result stands here: its document's begin plus its place in the document.
         places = np.arange(bounds[-1]) + np.repeat(self.bounds[:-1][chosen] - bounds[:-1], lengths)
         return Corpus(self.tokens[places], self.supervised[places], bounds, self.origins[chosen], self.files)
+
+    def content(self, i: int) -> bytes:
+        """Its tokens."""
+        return np.ascontiguousarray(self.document(i)[0]).tobytes()
 
     @cached_property
     def digest(self) -> str:

@@ -6,12 +6,13 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from rankwise.data.conversations import SHAPES, read_document, shape_of
+from rankwise.data.fields import shape_among
 from rankwise.data.problems import Problems
+from rankwise.data.reading import Reading, Sized
 from rankwise.data.row import Row
 from rankwise.data.store import CorpusWriter
-from rankwise.data.template import Template, TemplateRefusedError
-from rankwise.data.tokeniser import Draft, Tokenised
+from rankwise.data.template import TemplateRefusedError
+from rankwise.data.tokeniser import Tokenised
 from rankwise.errors import DataError
 
 Overlong = Literal["truncate", "drop"]
@@ -34,7 +35,7 @@ class Report:
         tokens, supervised: of the kept documents; those trained.
         truncated: kept documents that lost their end.
         dropped: reason → documents (or rows without any) left out.
-        shapes: shape → rows (see `conversations.SHAPES`).
+        shapes: shape → rows (see `Reading.shapes`).
         unused: field → rows in which it was there and means nothing to that shape.
         files: source → SHA-256 of its bytes.
     """
@@ -57,7 +58,7 @@ class Intake:
     """Where rows go in and documents come out, `max_length` tokens long at the most.
 
     Args:
-        template: renders and tokenises.
+        reading: what rows say, and how it is tokenised.
         max_length: tokens of a document.
         overlong: whether a longer document is cut at its end or left out.
         writer: takes the documents.
@@ -65,11 +66,11 @@ class Intake:
     """
 
     def __init__(
-        self, template: Template, max_length: int, overlong: Overlong, writer: CorpusWriter, problems: Problems
+        self, reading: Reading, max_length: int, overlong: Overlong, writer: CorpusWriter, problems: Problems
     ) -> None:
-        self._template, self._max_length, self._overlong = template, max_length, overlong
+        self._reading, self._max_length, self._overlong = reading, max_length, overlong
         self._writer, self._problems = writer, problems
-        self._waiting: list[tuple[Draft, tuple[int, int]]] = []
+        self._waiting: list[tuple[Sized, tuple[int, int]]] = []
         self._characters = 0
         self.rows = 0
         self._count: Counter[str] = Counter()
@@ -80,14 +81,15 @@ class Intake:
     def take(self, file: int, row: Row) -> bool:
         """One row of the numbered file.  True when a batch has been written, a good moment to show progress."""
         self.rows += 1
-        document = read_document(row, self._problems)
-        shape = shape_of(row.fields)
+        document = self._reading.read(row, self._problems)
+        shapes = self._reading.shapes
+        shape = shape_among(shapes, row.fields)
         if document is None or shape is None:
             return False
         self._shapes[shape] += 1
-        self._unused.update(key for key in row.fields if key not in SHAPES[shape].fields)
+        self._unused.update(key for key in row.fields if key not in shapes[shape].fields)
         try:
-            drafts = self._template.drafts(document)
+            drafts = self._reading.drafts(document)
         except TemplateRefusedError as error:
             self._problems.add(row.origin, error.message, hint=error.hint)
             return False
@@ -105,13 +107,12 @@ class Intake:
         waiting, self._waiting, self._characters = self._waiting, [], 0
         if self._problems or not waiting:
             return
-        found = self._template.tokeniser.encode([draft for draft, _ in waiting], self._max_length)
+        found = self._reading.encode([draft for draft, _ in waiting], self._max_length)
         for document, (_, origin) in zip(found, waiting, strict=True):
             self._keep(document, origin)
 
     def _keep(self, document: Tokenised, origin: tuple[int, int]) -> None:
-        tokens, supervised = document.tokens[: self._max_length], document.supervised[: self._max_length]
-        overlong = not document.whole or len(tokens) < len(document.tokens)
+        tokens, supervised, overlong = document.tokens, document.supervised, not document.whole
         if overlong and self._overlong == "drop":
             self._dropped[_TOO_LONG] += 1
         elif not supervised.any():
@@ -155,4 +156,4 @@ class Intake:
             return "the file is empty, or holds only a header"
         if self._dropped[_TOO_LONG] or self._dropped[_CUT_OFF]:
             return f"raise max_length (it is {self._max_length}) or shorten the rows"
-        return "a row needs an assistant turn, a completion or a text of at least two tokens"
+        return self._reading.needs

@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import numpy as np
 
+# When rows are cut earlier than they must.  With MiniLM on two cores and 32 texts a step of 6 to 200 tokens these take
+# 14 to 22 % less processor time than not cutting; 0.75, or pieces twice or half that size, come out a little worse.
+_ALIKE, _WORTH = 0.6, 8
+
 
 class Order:
     """Epoch after epoch of shuffled documents, cut into steps.
@@ -54,6 +58,30 @@ class Order:
                 start, held = i, 0
             held += int(length)
         return [*steps, documents[start:]]
+
+
+def cut(documents: np.ndarray, lengths: np.ndarray, micro_tokens: int, *, padded: bool) -> list[np.ndarray]:
+    """A step's documents in pieces of at most `micro_tokens`, as a stream takes them or as `padded` rows."""
+    pieces = padded_batches if padded else micro_batches
+    return pieces(documents, lengths, micro_tokens)
+
+
+def padded_batches(documents: np.ndarray, lengths: np.ndarray, micro_tokens: int) -> list[np.ndarray]:
+    """A step's documents in the order of their length, cut where rows as long as the first would not fit any more.
+
+    They are cut earlier too, where the next document is much shorter than the first and the piece is large enough to be
+    worth its while.  The longest come first, so that what does not fit into memory is found out at once.
+    """
+    ordered = documents[np.argsort(-lengths[documents], kind="stable")]
+    pieces, begin = [], 0
+    for end in range(1, len(ordered) + 1):
+        longest, rows = int(lengths[ordered[begin]]), end - begin
+        last = end == len(ordered)
+        padding = not last and rows * longest >= micro_tokens / _WORTH and lengths[ordered[end]] < _ALIKE * longest
+        if last or padding or (rows + 1) * longest > micro_tokens:
+            pieces.append(ordered[begin:end])
+            begin = end
+    return pieces
 
 
 def micro_batches(documents: np.ndarray, lengths: np.ndarray, micro_tokens: int) -> list[np.ndarray]:

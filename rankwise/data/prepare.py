@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import get_args
 
 from rankwise.cache import cache_folder
-from rankwise.data.corpus import Corpus
+from rankwise.data.examples import Examples
 from rankwise.data.intake import Intake, Overlong, Report
 from rankwise.data.problems import Problems
+from rankwise.data.reading import Reading
 from rankwise.data.rows import ending, is_file, read_rows
 from rankwise.data.store import SCHEMA, CorpusWriter, open_corpus
-from rankwise.data.template import Template
 from rankwise.errors import DataError
 
 # Called now and then with rows done and the share (0 to 1) of all bytes read.
@@ -28,16 +28,16 @@ _BLOCK = 1 << 20
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """A corpus and what became of the rows.  `reused` says that it was found and not made."""
+    """Documents and what became of the rows.  `reused` says that they were found and not made."""
 
-    corpus: Corpus
+    corpus: Examples
     report: Report
     reused: bool
 
 
 def prepare(
     sources: str | Path | Sequence[str | Path],
-    template: Template,
+    reading: Reading,
     max_length: int,
     *,
     split: str = "train",
@@ -45,14 +45,14 @@ def prepare(
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> Prepared:
-    """Reads, renders and tokenises every row; memory does not grow with their number.
+    """Reads and tokenises every row; memory does not grow with their number.
 
-    The result lies in the cache under a name made of the sources' bytes, the template, the options and the versions of
+    The result lies in the cache under a name made of the sources' bytes, the reading, the options and the versions of
     the libraries, and is used again when all of these are the same.  A damaged entry is made anew.
 
     Args:
         sources: one or more files or hub data sets (see `read_rows`).
-        template: of the model to be trained.
+        reading: what rows say to the model to be trained: its `Template`, or that of another task.
         max_length: tokens of a document at the most.
         split: of hub data sets.
         overlong: a longer document loses its end (`truncate`) or is left out (`drop`); both are counted.
@@ -65,24 +65,24 @@ def prepare(
     named = [str(source) for source in ([sources] if isinstance(sources, str | Path) else sources)]
     _check(named, max_length, overlong)
     files = {source: _digest(source, split) for source in named}
-    key = _key(files, [template.digest, template.train_on, max_length, overlong])
+    key = _key(files, [*reading.key, max_length, overlong])
     folder = (cache or cache_folder() / "tokens") / key
     show = progress or _silent
     with suppress(DataError):  # no entry, or a damaged one
-        found = _opened(folder, files, reused=True)
+        found = _opened(folder, files, reading, reused=True)
         show(found.report.rows, 1.0)
         return found
     problems = Problems()
     try:
         with CorpusWriter(folder) as writer:
-            intake = Intake(template, max_length, overlong, writer, problems)
+            intake = Intake(reading, max_length, overlong, writer, problems)
             _read_all(named, split, intake, problems, show)
             writer.finish(named, intake.report(files).to_json())
     except OSError as error:
         raise DataError(
             f"{folder.parent}: the tokens cannot be written: {error}", hint="free some space or name another cache"
         ) from None
-    return _opened(folder, files, reused=False)
+    return _opened(folder, files, reading, reused=False)
 
 
 def _check(sources: Sequence[str], max_length: int, overlong: str) -> None:
@@ -111,14 +111,16 @@ def _read_all(sources: Sequence[str], split: str, intake: Intake, problems: Prob
     show(intake.rows, 1.0)
 
 
-def _opened(folder: Path, files: dict[str, str], reused: bool) -> Prepared:
+def _opened(folder: Path, files: dict[str, str], reading: Reading, reused: bool) -> Prepared:
     corpus, facts = open_corpus(folder)
+    examples = reading.examples(replace(corpus, files=tuple(files)))
+    counts = {"tokens": int(examples.lengths().sum()), "supervised": int(examples.supervised_counts().sum())}
     # The same bytes may have been read under another name.
     try:
-        report = Report(**facts | {"files": files})
+        report = Report(**facts | {"files": files} | counts)
     except TypeError as error:  # of a version that counted other things
         raise DataError(f"{folder}: not a stored corpus: {error}") from None
-    return Prepared(replace(corpus, files=tuple(files)), report, reused)
+    return Prepared(examples, report, reused)
 
 
 def _key(files: dict[str, str], options: list[object]) -> str:

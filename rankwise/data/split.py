@@ -8,15 +8,15 @@ from collections.abc import Hashable
 
 import numpy as np
 
-from rankwise.data.corpus import Corpus
+from rankwise.data.examples import Examples, Self
 from rankwise.errors import DataError
 
 
-def split(corpus: Corpus, share: float = 0.1, seed: int = 0) -> tuple[Corpus, Corpus]:
+def split(corpus: Self, share: float = 0.1, seed: int = 0) -> tuple[Self, Self]:
     """`(train, valid)`, with about `share` of the documents in `valid` and at least one in each.
 
-    Documents with the same tokens stay on one side, and so do documents made of one row.  Who goes where follows from
-    the documents' content and the seed, not from their order in the file.
+    Documents with the same content (tokens, source, picture) stay on one side, and so do documents made of one row.
+    Who goes where follows from the documents' content and the seed, not from their order in the file.
 
     Raises:
         DataError: `share` is not between 0 and 1, or there is only one document, however often.
@@ -44,18 +44,18 @@ def split(corpus: Corpus, share: float = 0.1, seed: int = 0) -> tuple[Corpus, Co
     return corpus.subset(np.flatnonzero(~held)), corpus.subset(np.flatnonzero(held))
 
 
-def overlap(train: Corpus, valid: Corpus) -> int:
-    """How many documents of `valid` occur in `train`, token for token."""
+def overlap(train: Examples, valid: Examples) -> int:
+    """How many documents of `valid` occur in `train`, with the very same content."""
     seen = set(_contents(train))
     return sum(content in seen for content in _contents(valid))
 
 
-def _contents(corpus: Corpus) -> list[str]:
-    return [hashlib.sha256(np.ascontiguousarray(corpus.document(i)[0]).data).hexdigest() for i in range(len(corpus))]
+def _contents(corpus: Examples) -> list[str]:
+    return [hashlib.sha256(corpus.content(i)).hexdigest() for i in range(len(corpus))]
 
 
-def _inseparable(corpus: Corpus) -> dict[str, list[int]]:
-    """Documents that must stay together, under the smallest hash among them: same tokens or same row, or linked so."""
+def _inseparable(corpus: Examples) -> dict[str, list[int]]:
+    """Documents that must stay together, under the smallest hash among them: same content or same row, or linked so."""
     contents = _contents(corpus)
     root = list(range(len(corpus)))
 

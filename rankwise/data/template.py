@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import numpy as np
 from jinja2 import TemplateError
 from jinja2.exceptions import SecurityError, TemplateSyntaxError
 
-from rankwise.data.conversations import Conversation, Message, Text
+from rankwise.data.conversations import SHAPES, Conversation, Message, Text, read_document
+from rankwise.data.corpus import Corpus
+from rankwise.data.problems import Problems
+from rankwise.data.reading import Marked, Reading
+from rankwise.data.row import Row
 from rankwise.data.tokeniser import Draft, Piece, Span, Tokenised, Tokeniser
 from rankwise.data.trial import try_template
 from rankwise.errors import DataError
@@ -56,7 +58,7 @@ class _Turn:
     closed: bool
 
 
-class Template:
+class Template(Reading):
     """How a tokenizer's model is talked to.
 
     With a chat template every conversation is rendered by it (by transformers, in jinja's sandbox); the template alone
@@ -72,6 +74,9 @@ class Template:
         DataError: the chat template is broken, unsafe or endless, the tokenizer is not fast, or there is no EOS to end
             a document with.
     """
+
+    shapes = SHAPES
+    needs = "a row needs an assistant turn, a completion or a text of at least two tokens"
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn = "all") -> None:
         if train_on not in get_args(TrainOn):
@@ -95,6 +100,22 @@ class Template:
         # Rows with tools are rendered by another of the named templates, so all of them count.
         chat = self.chat if len(self._named) < 2 else json.dumps(self._named, sort_keys=True)
         return hashlib.sha256(f"{self.tokeniser.digest}\n{chat}".encode()).hexdigest()
+
+    @property
+    def key(self) -> list[object]:
+        return [self.digest, self.train_on]
+
+    def read(self, row: Row, problems: Problems) -> Text | Conversation | None:
+        return read_document(row, problems)
+
+    def encode(self, drafts: Sequence[Draft], max_length: int) -> list[Tokenised]:
+        return [document.cut(max_length) for document in self.tokeniser.encode(drafts, max_length)]
+
+    def examples(self, corpus: Corpus) -> Corpus:
+        return corpus
+
+    def shown(self, examples: Corpus, i: int) -> Marked:
+        return self.excerpt(*examples.document(i))
 
     @cached_property
     def stops(self) -> tuple[int, ...]:
@@ -147,14 +168,6 @@ class Template:
         prompt = self.tokeniser.ids(messages[0]["content"])
         opening = list(self.tokeniser.opening)
         return prompt if prompt[: len(opening)] == opening else opening + prompt
-
-    def marked(self, tokens: np.ndarray, supervised: np.ndarray) -> list[tuple[str, bool]]:
-        """A document decoded for reading: stretches of text, and whether they are trained."""
-        runs = groupby(zip(tokens.tolist(), supervised.tolist(), strict=True), key=lambda pair: pair[1])
-        return [(self._decode(token for token, _ in run), trained) for trained, run in runs]
-
-    def _decode(self, tokens: Iterable[int]) -> str:
-        return str(self._tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
 
     def _plain(self, conversation: Conversation) -> Draft:
         if conversation.prompt is None:

@@ -82,6 +82,10 @@ class Tokenised:
     supervised: np.ndarray
     whole: bool = True
 
+    def cut(self, most: int) -> Tokenised:
+        """Its first tokens; what loses any is not whole."""
+        return Tokenised(self.tokens[:most], self.supervised[:most], self.whole and len(self.tokens) <= most)
+
 
 class Tokeniser:
     """A transformers tokenizer, asked for exactly what training needs.
@@ -111,7 +115,7 @@ class Tokeniser:
             most: no more than so many tokens of each are of interest.  Of a text far longer than that only the
                 beginning is tokenised, so that time and memory stay bounded; the result is then not `whole`.
         """
-        limit = None if most is None else (most + 1) * self._longest_token
+        limit = None if most is None else self.characters(most)
         cut = [draft if limit is None or draft.size <= limit else draft.cut(limit) for draft in drafts]
         pieces = iter(self._encode_pieces([piece for draft in cut for piece in draft.pieces]))
         found = []
@@ -119,6 +123,14 @@ class Tokeniser:
             tokens, supervised = _joined([next(pieces) for _ in draft.pieces])
             found.append(self._framed(draft, tokens, supervised, whole=draft is given))
         return found
+
+    def characters(self, tokens: int) -> int:
+        """So much text has more than so many tokens, whatever it says."""
+        return (tokens + 1) * self._longest_token
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """Tokens as they are read."""
+        return str(self.tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
 
     def _framed(self, draft: Draft, tokens: np.ndarray, supervised: np.ndarray, whole: bool) -> Tokenised:
         opening = self.opening if draft.opened and tuple(tokens[: len(self.opening)]) != self.opening else ()

@@ -15,7 +15,7 @@ from typing import Any
 from rankwise.adapters.adapter import Adapter
 from rankwise.adapters.spec import DATA_STARTS, LoraSpec
 from rankwise.adapters.starts import WEIGHT_STARTS
-from rankwise.data.corpus import Corpus
+from rankwise.data.examples import Examples
 from rankwise.engine.folder import RunFolder
 from rankwise.engine.look import Look
 from rankwise.engine.run import Start
@@ -57,7 +57,7 @@ def begin(
     bank: Bank,
     name: str,
     spec: LoraSpec,
-    corpus: Corpus,
+    corpus: Examples,
     seed: int = 0,
     *,
     start: Start | None = None,
@@ -79,7 +79,8 @@ def begin(
 
     Raises:
         BankError, TargetError: as `bank.add`.
-        SpecError: the start has nothing for such a layer or rank (all listed), or `eva` is to change given ranks.
+        SpecError: the start has nothing for such a layer or rank (all listed), `eva` is to change given ranks, or a
+            start out of documents is given those of another task than a causal language model's.
         DataError: no documents, or too few supervised tokens in them.
         RunFolderError: the start in `out` belongs to other settings, documents or another base.
         TrainingError: inputs or gradients are not finite.

@@ -8,27 +8,43 @@ from typing import Any
 
 import numpy as np
 
-from rankwise.data.corpus import Corpus
+from rankwise.data.examples import Examples
+from rankwise.engine.classified import Classified
 from rankwise.engine.forward import Forward
 from rankwise.engine.paired import Difference, paired_difference
+from rankwise.engine.tasks.choose import task_for
+from rankwise.errors import DataError
 from rankwise.surgery.bank import Bank
 
 Progress = Callable[[int, int], None]  # documents done, of how many
+FREQUENCIES = "class frequencies"
 
 
 def document_losses(
     forward: Forward,
-    corpus: Corpus,
+    examples: Examples,
     names: Sequence[str | None],
     micro_tokens: int,
     progress: Progress | None = None,
 ) -> np.ndarray:
-    """Summed loss of every document under every adapter (None: the base), in nats, float64 `[adapters, documents]`.
+    """Summed loss of every document under every adapter (None: the base), in nats, float64 `[adapters, documents]`."""
+    return measured_documents(forward, examples, names, micro_tokens, progress)[0]
+
+
+def measured_documents(
+    forward: Forward,
+    examples: Examples,
+    names: Sequence[str | None],
+    micro_tokens: int,
+    progress: Progress | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `document_losses`, and the class that each was said to be of, int64, of the same shape; 0 without classes.
 
     Documents go by in the order of their length, a stream at a time; no more than a stream is held.
     """
-    losses = np.zeros((len(names), len(corpus)))
-    lengths = corpus.lengths()
+    losses = np.zeros((len(names), len(examples)))
+    predicted = np.zeros(losses.shape, dtype=np.int64)
+    lengths = examples.lengths()
     waiting: list[int] = []
     held = done = 0
     queue = np.argsort(-lengths, kind="stable")
@@ -39,12 +55,15 @@ def document_losses(
         if not last and held + lengths[queue[i + 1]] <= micro_tokens:
             continue
         for row, name in enumerate(names):
-            losses[row, waiting] = forward.measure(corpus, waiting, [(name, len(waiting))]).documents
+            found = forward.measure(examples, waiting, [(name, len(waiting))])
+            losses[row, waiting] = found.documents
+            if found.predicted is not None:
+                predicted[row, waiting] = found.predicted
         done += len(waiting)
         waiting, held = [], 0
         if progress is not None:
-            progress(done, len(corpus))
-    return losses
+            progress(done, len(examples))
+    return losses, predicted
 
 
 @dataclass(frozen=True)
@@ -57,6 +76,8 @@ class Evaluation:
         base: float64 `[documents]`, summed losses of the bare base.
         losses: float64 `[adapters, documents]`.
         differences: of each adapter from the base.
+        reference: what stands in the base's place: `base` itself, or `class frequencies` (see `evaluate`).
+        classified: which classes were said, where there are classes.
     """
 
     names: tuple[str, ...]
@@ -64,6 +85,8 @@ class Evaluation:
     base: np.ndarray
     losses: np.ndarray
     differences: tuple[Difference, ...]
+    reference: str = "base"
+    classified: Classified | None = None
 
     def loss(self, summed: np.ndarray) -> float:
         """Nats per supervised token."""
@@ -71,17 +94,21 @@ class Evaluation:
 
     def summary(self) -> dict[str, Any]:
         """What `rankwise evaluate --json` prints."""
+        said = self.classified
+        named = {} if said is None else {"reference": self.reference, "classes": list(said.classes)}
         return {
             "documents": len(self.tokens),
             "tokens": int(self.tokens.sum()),
-            "base": {"loss": self.loss(self.base)},
+            **named,
+            "base": {"loss": self.loss(self.base), **({} if said is None else said.of_base())},
             "adapters": [
                 {
                     "name": name,
                     "loss": self.loss(losses),
                     "delta": {"mean": delta.mean, "low": delta.low, "high": delta.high},
+                    **({} if said is None else said.of_adapter(row)),
                 }
-                for name, losses, delta in zip(self.names, self.losses, self.differences, strict=True)
+                for row, (name, losses, delta) in enumerate(zip(self.names, self.losses, self.differences, strict=True))
             ],
         }
 
@@ -100,20 +127,41 @@ class Evaluation:
 def evaluate(
     bank: Bank,
     names: Sequence[str],
-    corpus: Corpus,
+    examples: Examples,
     *,
     micro_tokens: int = 2048,
+    frequencies: Sequence[int] = (),
     progress: Progress | None = None,
 ) -> Evaluation:
     """The base and each named adapter on every document, paired, with 95 % intervals (`engine/paired.py`).
 
+    Args:
+        bank: holds the adapters.
+        names: of them.
+        examples: what is judged.
+        micro_tokens: at once.
+        frequencies: how often each class is learnt from.  Where the head is fresh a base says nothing; with these it is
+            not asked, and in its place stands what knows the frequencies alone: it gives each class its share as
+            probability, and always says the most frequent one.
+        progress: is told documents done.
+
     Raises:
         BankError: no such adapter.
-        DataError: fewer than two documents.
-        ModelError: not a causal language model.
+        DataError: fewer than two documents, or frequencies of other classes.
+        ModelError: not a model for such examples.
     """
-    with Forward(bank) as forward:
-        losses = document_losses(forward, corpus, [None, *names], micro_tokens, progress)
-    tokens = corpus.supervised_counts()
+    labels, classes = getattr(examples, "labels", None), getattr(examples, "classes", ())
+    if frequencies and len(frequencies) != len(classes):
+        raise DataError(f"{len(frequencies)} frequencies for {len(classes)} classes", hint="give one for each class")
+    asked: list[str | None] = [*names] if frequencies else [None, *names]
+    with Forward(bank, task_for(examples)) as forward:
+        losses, predicted = measured_documents(forward, examples, asked, micro_tokens, progress)
+    if frequencies:
+        shares = (np.asarray(frequencies) + 1) / (np.sum(frequencies) + len(frequencies))  # none is impossible
+        losses = np.vstack([-np.log(shares)[labels], losses])
+        predicted = np.vstack([np.full(len(examples), int(shares.argmax())), predicted])
+    tokens = examples.supervised_counts()
     differences = tuple(paired_difference(row, losses[0], tokens) for row in losses[1:])
-    return Evaluation(tuple(names), tokens, losses[0], losses[1:], differences)
+    said = None if labels is None else Classified(tuple(classes), labels, predicted[0], predicted[1:])
+    reference = FREQUENCIES if frequencies else "base"
+    return Evaluation(tuple(names), tokens, losses[0], losses[1:], differences, reference, said)

@@ -1,7 +1,7 @@
 """One pass of routed documents through a bank's model: how it goes is found out once, and proved on a probe.
 
-Packed where the model's attention allows it, row by row where it does not; through the frozen head in chunks where the
-model's logits are that head of its hidden states, through the model's own logits where they are more.
+Packed where the task and the model's attention allow it, row by row where they do not; through the output layer in
+chunks where the model's logits are that layer of what it is given, through the model's own logits where they are more.
 """
 
 from __future__ import annotations
@@ -11,20 +11,22 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rankwise.data.corpus import Corpus
-from rankwise.data.stream import LEAST_SHARED, Stream, lay
-from rankwise.engine.attention import UnpackableError, packed, streaming
+from rankwise.data.examples import Examples
+from rankwise.engine.agree import agree
+from rankwise.engine.attention import Rows, UnpackableError, packed, streaming
+from rankwise.engine.batch import Batch
 from rankwise.engine.blocks import fused_blocks
-from rankwise.engine.head import Head, Shaping, frozen_head_loss, measured_losses, trained_head_loss
+from rankwise.engine.head import Head, frozen_head_loss, measured_losses, trained_head_loss
+from rankwise.engine.outlet import NoOutletError, Outlet
+from rankwise.engine.tasks.causal import CausalLM
+from rankwise.engine.tasks.task import Documents, Layout, Task, Way
 from rankwise.errors import ModelError, RankwiseWarning
 from rankwise.kernels.attention import Spans
 from rankwise.kernels.library import reclaim_memory_lazily
@@ -35,47 +37,44 @@ from rankwise.surgery.tokens import TokenHead
 
 Runs = Sequence[tuple[str | None, int]]  # adapter (None: the base) and how many documents it takes, in order
 
-_HINT = "train and evaluate take causal language models"
-
-# How far two correct ways through one model may lie apart, relative to the logits.
-_SAME = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 8e-2}
-
 
 @dataclass(frozen=True)
 class Losses:
-    """What a pass found: summed negative log-likelihood of the supervised tokens of each document, in nats."""
+    """What a pass found.
+
+    Attributes:
+        documents: float64 `[D]`, summed negative log-likelihood of the judged items of each document, in nats.
+        predicted: int64 `[D]`, the class that each is likeliest of; None where a document has no class.
+    """
 
     documents: np.ndarray
+    predicted: np.ndarray | None = None
 
 
 class Forward:
     """The engine's hold on a model, for the length of a `with`.
 
+    Args:
+        bank: whose model.
+        task: what kind of examples will go through (`engine/tasks`).
+        checkpointing: compute blocks again in the backward pass.
+
     Attributes:
         layout: `packed` streams or padded `rows`, and `reason` why.
         fused: how many blocks run on compiled kernels.
-        own_logits: whether the model's own logits are taken, and not its hidden states through the head.
 
     Raises:
-        ModelError: the model gives no logits over tokens, or none of the ways agrees with the model itself.
+        ModelError: the model is not made for the task, or none of the ways agrees with the model itself.
     """
 
-    def __init__(self, bank: Bank, *, checkpointing: bool = False) -> None:
-        if not isinstance(bank.model, PreTrainedModel) or bank.model.get_output_embeddings() is None:
-            raise ModelError(
-                f"{type(bank.model).__name__} has no language-model head",
-                hint=_HINT,
-            )
-        if bank.model.config.is_encoder_decoder:
-            raise ModelError(f"{type(bank.model).__name__} has an encoder beside its decoder", hint=_HINT)
+    def __init__(self, bank: Bank, task: type[Task] = CausalLM, *, checkpointing: bool = False) -> None:
         self.bank, self.model = bank, bank.model
+        self.task = task(bank.model)
         self.checkpointing = checkpointing
-        self.layout: Literal["packed", "rows"] = "packed"
+        self.layout: Layout = "packed"
         self.reason = ""
         self.fused = 0
-        self.shaping = Shaping.of(self.model.config.get_text_config())
-        # Some wrappers name no base of theirs, and are given back as their own: what comes out is logits already.
-        self.own_logits = self.model.base_model is self.model
+        self._outlet = Outlet(self.model)
         self._held = ExitStack()
 
     def __enter__(self) -> Forward:
@@ -91,142 +90,147 @@ class Forward:
     def _take_hold(self, held: ExitStack) -> None:
         held.enter_context(_evaluating(self.model))
         held.enter_context(self.bank.use(None))
-        want = _Probe.of(self.model)
+        want = _Probe.of(self.task)
         self.fused = held.enter_context(fused_blocks(self.model))
         held.enter_context(_compiled(self.bank.router))
-        try:
-            with ExitStack() as packing:
-                packing.enter_context(packed(self.model))
-                self._prove_packing(want)
-                held.push(packing.pop_all())
-            self.reason = "documents see only themselves, no padding"
-        except UnpackableError as refusal:
-            self.layout, self.reason = "rows", str(refusal)
-        except (RuntimeError, TypeError, ValueError) as error:  # a model may break where it meets a packed stream
-            said = (str(error) or "no reason given").splitlines()[0]
-            self.layout, self.reason = "rows", f"a packed stream ends in a {type(error).__name__}: {said}"
-        if self.layout == "rows":
-            self._prove_rows(want)
+        refusals: dict[Layout, str] = {}
+        for way in self.task.ways():
+            refusal = self._try(held, way, want)
+            if refusal is None:
+                break
+            refusals.setdefault(way.layout, refusal)
+        else:
+            raise ModelError(f"{type(self.model).__name__}: {refusals['rows']}", hint=self.task.hint)
+        self.reason = refusals.get("packed", self.task.by_rows) if self.layout == "rows" else _PACKED
         if self.checkpointing:
             held.enter_context(_checkpointing(self.model))
 
+    def _try(self, held: ExitStack, way: Way, want: _Probe) -> str | None:
+        """Takes a way if it agrees with the model itself; else says why not, and everything is as before."""
+        self.layout, self._outlet = way.layout, way.outlet
+        try:
+            with ExitStack() as trial:
+                trial.enter_context(way.outlet.opened())
+                if way.attention:
+                    trial.enter_context(packed(self.model))
+                self._prove(want)
+                held.push(trial.pop_all())
+        except (UnpackableError, NoOutletError) as refusal:
+            return str(refusal)
+        except (RuntimeError, TypeError, ValueError) as error:  # a model may break where it meets what it does not know
+            said = (str(error) or "no reason given").splitlines()[0]
+            stream = "a packed stream ends" if way.layout == "packed" else "padded rows end"
+            return f"{stream} in a {type(error).__name__}: {said}"
+        return None
+
     # ── passes ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def learn(
-        self, corpus: Corpus, documents: Sequence[int] | np.ndarray, runs: Runs, weights: np.ndarray, tick: int
-    ) -> Losses:
+    def learn(self, examples: Examples, documents: Documents, runs: Runs, weights: np.ndarray, tick: int) -> Losses:
         """Forward and backward: gradients of `Σ weights[i] · loss of document i` are added to the adapters' own.
 
         `weights` is float `[D]`; `tick` numbers the pass for dropout.
         """
-        stream = self._laid(corpus, documents, runs)
-        with self._routed(stream, runs, tick), _dropping(self.model):
-            hidden, targets = self._supervised_hidden(stream)
-            each = torch.as_tensor(weights[stream.owners], dtype=torch.float32, device=hidden.device)
-            loss, losses = self._loss(hidden, targets, each, stream, runs)
+        batch = self._laid(examples, documents, runs)
+        with self._routed(batch, runs, tick), _dropping(self.model):
+            features, targets = self._features(batch)
+            each = torch.as_tensor(weights[batch.owners], dtype=torch.float32, device=features.device)
+            loss, losses = self._loss(features, targets, each, batch, runs)
             if loss.requires_grad:
                 loss.backward()
-        return _per_document(losses, stream)
+        return Losses(_per_document(losses, batch))
 
     @torch.no_grad()
-    def measure(self, corpus: Corpus, documents: Sequence[int] | np.ndarray, runs: Runs) -> Losses:
+    def measure(self, examples: Examples, documents: Documents, runs: Runs) -> Losses:
         """Forward alone."""
-        stream = self._laid(corpus, documents, runs)
-        with self._routed(stream, runs, tick=0):
-            hidden, targets = self._supervised_hidden(stream)
+        batch = self._laid(examples, documents, runs)
+        with self._routed(batch, runs, tick=0):
+            features, targets = self._features(batch)
             parts = [
-                measured_losses(hidden[rows], self._logits_of(name), self._classes, targets[rows])
-                for rows, name in _supervised_runs(stream, runs)
+                measured_losses(features[items], self._logits_of(name), self._classes(features), targets[items])
+                for items, name in _judged_runs(batch, runs)
             ]
-        return _per_document(torch.cat(parts), stream)
+        predicted = features.argmax(-1).cpu().numpy() if self.task.classifies else None
+        return Losses(_per_document(torch.cat(parts), batch), predicted)
+
+    @property
+    def own_logits(self) -> bool:
+        """Whether the model's own logits are taken, and not what its head is given."""
+        return self._outlet.head is None
 
     @torch.no_grad()
-    def look(
-        self, corpus: Corpus, documents: Sequence[int] | np.ndarray, name: str, see: Callable[[Tensor, int], None]
-    ) -> Tensor:
+    def look(self, examples: Examples, documents: Documents, name: str, see: Callable[[Tensor, int], None]) -> Tensor:
         """Forward through one adapter, for somebody who watches the layers; gives what the head takes, `[S, H]`.
 
         `see` is told beforehand which rows `[S]` of their inputs, leading dimensions flattened, predict supervised
         tokens, and how many rows there are.
         """
         runs = [(name, len(documents))]
-        stream = self._laid(corpus, documents, runs)
-        rows, of = self._places(stream)
-        see(torch.as_tensor(rows, device=self.model.device), of)
-        with self._routed(stream, runs, tick=0):
-            return self._supervised_hidden(stream)[0]
+        batch = self._laid(examples, documents, runs)
+        see(torch.as_tensor(batch.sources, device=self.model.device), batch.inputs["input_ids"].size)
+        with self._routed(batch, runs, tick=0):
+            return self._features(batch)[0]
 
-    def _laid(self, corpus: Corpus, documents: Sequence[int] | np.ndarray, runs: Runs) -> Stream:
-        """Padded rows are whole documents; in a packed stream those of one adapter share how they begin."""
-        return lay(corpus, documents, [count for _, count in runs] if self.layout == "packed" else None)
+    def _laid(self, examples: Examples, documents: Documents, runs: Runs) -> Batch:
+        if self.layout == "rows":
+            return self.task.rows(examples, documents)
+        return self.task.packed(examples, documents, [count for _, count in runs])
 
     @contextmanager
-    def _routed(self, stream: Stream, runs: Runs, tick: int) -> Iterator[None]:
+    def _routed(self, batch: Batch, runs: Runs, tick: int) -> Iterator[None]:
         names = [name for name, count in runs for _ in range(count)]
-        if self.layout == "rows":
-            route = self.bank.route(names, tick)
-        else:
-            of_segments = [names[holder] for holder in stream.holders]
-            route = self.bank.stream(zip(of_segments, stream.lengths.tolist(), strict=True), tick)
+        if batch.stream is None:
+            with self.bank.route(names, tick), streaming(Rows(batch.lengths)):
+                yield
+            return
+        stream = batch.stream
+        of_segments = [names[holder] for holder in stream.holders]
+        route = self.bank.stream(zip(of_segments, stream.lengths.tolist(), strict=True), tick)
         with route, streaming(Spans(stream.bounds, stream.after)):
             yield
 
-    def _supervised_hidden(self, stream: Stream) -> tuple[Tensor, Tensor]:
-        """Hidden states `[S, H]` at the positions that predict supervised tokens, and those tokens `[S]`."""
-        device = self.model.device
-        sources, _ = self._places(stream)
-        tensors = _packed_inputs(stream) if self.layout == "packed" else _row_inputs(stream)
-        inputs = {name: torch.as_tensor(array, device=device) for name, array in tensors.items()}
-        at, targets = torch.as_tensor(sources, device=device), torch.as_tensor(stream.targets, device=device)
-        if self.own_logits:
-            hidden = self.model(**inputs, use_cache=False).logits
-        else:
-            hidden = self.model.base_model(**inputs, use_cache=False)[0]
-        return hidden.flatten(0, 1).index_select(0, at), targets
-
-    def _places(self, stream: Stream) -> tuple[np.ndarray, int]:
-        """Where the positions `[S]` that predict supervised tokens stand in a flattened input, and its length."""
-        if self.layout == "packed":
-            return stream.sources, stream.size
-        width = int(stream.lengths.max())
-        return stream.owners * width + stream.positions[stream.sources], width * len(stream.lengths)
+    def _features(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What the outlet gives for the judged items, `[S, width]`, and what they should be, `[S]`."""
+        device, dtype = self.model.device, self.model.dtype
+        inputs = {name: torch.as_tensor(array, device=device) for name, array in batch.inputs.items()}
+        inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+        at, targets = (torch.as_tensor(array, device=device) for array in (batch.sources, batch.targets))
+        return self._outlet({**inputs, **self.task.named}).index_select(0, at), targets
 
     def _loss(
-        self, hidden: Tensor, targets: Tensor, weights: Tensor, stream: Stream, runs: Runs
+        self, features: Tensor, targets: Tensor, weights: Tensor, batch: Batch, runs: Runs
     ) -> tuple[Tensor, Tensor]:
-        head = self.model.get_output_embeddings()
-        with_words = isinstance(head, TokenHead) and not self.own_logits
-        if not self.own_logits and not with_words and not any(name in self._trainers(head) for name, _ in runs):
-            return frozen_head_loss(hidden, getattr(head, "base", head), self.shaping, targets, weights)
-        total, losses = hidden.new_zeros((), dtype=torch.float32), []
-        for rows, name in _supervised_runs(stream, runs):
-            own = hidden[rows], targets[rows], weights[rows]
+        head, shaping = self._outlet.head, self._outlet.shaping
+        with_words = isinstance(head, TokenHead)
+        if head is not None and not with_words and not any(name in self._trainers(head) for name, _ in runs):
+            return frozen_head_loss(features, getattr(head, "base", head), shaping, targets, weights)
+        total, losses = features.new_zeros((), dtype=torch.float32), []
+        for items, name in _judged_runs(batch, runs):
+            own = features[items], targets[items], weights[items]
             if with_words:
-                loss, each = frozen_head_loss(own[0], head.base, self.shaping, *own[1:], head.words(name))
+                loss, each = frozen_head_loss(own[0], head.base, shaping, *own[1:], head.words(name))
             else:
-                loss, each = trained_head_loss(own[0], self._logits_of(name), self._classes, *own[1:])
+                loss, each = trained_head_loss(own[0], self._logits_of(name), self._classes(features), *own[1:])
             total = total + loss
             losses.append(each)
         return total, torch.cat(losses)
 
     def _logits_of(self, name: str | None) -> Callable[[Tensor], Tensor]:
-        if self.own_logits:
+        head, shaping = self._outlet.head, self._outlet.shaping
+        if head is None:
             return lambda logits: logits
-        head = self.model.get_output_embeddings()
         if isinstance(head, TokenHead):
             own = Head(head.base.weight, head.base.bias, head.words(name))
-            return lambda hidden: self.shaping(own.logits(hidden, hidden.new_empty(len(hidden), own.classes)))
+            return lambda hidden: shaping(own.logits(hidden, hidden.new_empty(len(hidden), own.classes)))
 
         def through(hidden: Tensor) -> Tensor:
             # The tick stays that of the pass: a block that is computed again must draw the same dropout masks.
             with self.bank.router.set(Route.whole(name), self.bank.router.tick):
-                return self.shaping(head(hidden))
+                return shaping(head(hidden))
 
         return through
 
-    @property
-    def _classes(self) -> int:
-        return self.model.get_output_embeddings().weight.shape[0]
+    def _classes(self, features: Tensor) -> int:
+        return features.shape[-1] if self._outlet.head is None else self._outlet.head.weight.shape[0]
 
     @staticmethod
     def _trainers(head: nn.Module) -> set[str]:
@@ -235,102 +239,75 @@ class Forward:
 
     # ── proof ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _prove_packing(self, want: _Probe) -> None:
-        got = self._probed(want)
-        if not _agree(got, want.logits):
+    def _prove(self, want: _Probe) -> None:
+        """That documents come out together as they do alone, and, where they share a row, as if they were.
+
+        Raises:
+            UnpackableError, NoOutletError: they do not.
+        """
+        got = self._probed(want.examples)
+        if self.layout == "rows":
+            if not agree(got, want.logits):
+                raise NoOutletError("padded rows do not come out as they do alone")
+            return
+        if not agree(got, want.logits):
             raise UnpackableError("two packed documents do not come out as they do alone")
-        if not _agree(got[-1:], self._probed(want.with_another_first())[-1:], slack=0.25):
+        if not agree(got[-1:], self._probed(self.task.probe(changed=True))[-1:], slack=0.25):
             raise UnpackableError("a packed document changes with its neighbour")
 
-    def _prove_rows(self, want: _Probe) -> None:
-        """Padded rows with the model's own attention, and if need be its own logits."""
-        if _agree(self._probed(want), want.logits):
-            return
-        self.own_logits = True
-        if not _agree(self._probed(want), want.logits):
-            raise ModelError(f"{type(self.model).__name__}: padded rows do not come out as they do alone")
-
     @torch.no_grad()
-    def _probed(self, probe: _Probe) -> list[Tensor]:
-        """Logits of the probe's documents as the engine gets them."""
-        runs = [(None, len(probe.documents))]
-        stream = self._laid(probe.corpus(), range(len(probe.documents)), runs)
-        with self._routed(stream, runs, tick=0):
-            hidden, _ = self._supervised_hidden(stream)
-            logits = self._logits_of(None)(hidden)
-        return list(logits.split([len(tokens) - 1 for tokens in probe.documents]))
+    def _probed(self, examples: Examples) -> list[Tensor]:
+        """Logits of a probe's documents as the engine gets them."""
+        runs = [(None, len(examples))]
+        batch = self._laid(examples, range(len(examples)), runs)
+        with self._routed(batch, runs, tick=0):
+            features, _ = self._features(batch)
+            logits = self._logits_of(None)(features)
+        return list(logits.split(np.bincount(batch.owners, minlength=len(examples)).tolist()))
+
+
+_PACKED = "documents see only themselves, no padding"
 
 
 @dataclass(frozen=True)
 class _Probe:
-    """Short documents of random tokens, the last two alike at first, and the logits the model gives each alone."""
+    """A task's short documents, and the logits that the model itself gives each alone."""
 
-    documents: list[np.ndarray]
+    examples: Examples
     logits: list[Tensor]
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: PreTrainedModel) -> _Probe:
-        words = model.config.get_text_config().vocab_size
-        sizes = (7, LEAST_SHARED + 2, LEAST_SHARED + 5)
-        documents = [np.random.default_rng(seed).integers(words, size=size) for seed, size in enumerate(sizes)]
-        documents[2][:LEAST_SHARED] = documents[1][:LEAST_SHARED]
-        rows = [torch.as_tensor(tokens, device=model.device).unsqueeze(0) for tokens in documents]
-        try:
-            logits = [model(input_ids=row, use_cache=False).logits[0, :-1] for row in rows]
-            start = model(input_ids=rows[0][:, :4], use_cache=False).logits[0]
-        except (RuntimeError, TypeError, ValueError) as error:
-            raise ModelError(f"{type(model).__name__} gives no logits for tokens alone: {error}", hint=_HINT) from error
-        if not _agree([start], [logits[0][:4]]):
-            raise ModelError(
-                f"{type(model).__name__} is not causal: what a token predicts depends on what comes after it",
-                hint=_HINT,
-            )
-        return cls(documents, logits)
-
-    def with_another_first(self) -> _Probe:
-        return _Probe([self.documents[0][::-1].copy(), *self.documents[1:]], self.logits)
-
-    def corpus(self) -> Corpus:
-        """Every token but the first of each is supervised."""
-        lengths = [len(tokens) for tokens in self.documents]
-        tokens, bounds = np.concatenate(self.documents), np.cumsum([0, *lengths])
-        supervised = np.ones(len(tokens), dtype=np.bool_)
-        supervised[bounds[:-1]] = False
-        return Corpus(tokens, supervised, bounds, np.zeros((len(lengths), 2), dtype=np.int64), ("",))
+    def of(cls, task: Task) -> _Probe:
+        model, examples, found = task.model, task.probe(), []
+        for i in range(len(examples)):
+            alone = task.rows(examples, [i])
+            arrays = {name: array for name, array in alone.inputs.items() if not name.endswith("attention_mask")}
+            inputs = {name: torch.as_tensor(array, device=model.device) for name, array in arrays.items()}
+            inputs = {name: x.to(model.dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+            try:
+                logits = model(**inputs, **task.named).logits
+            except (RuntimeError, TypeError, ValueError) as error:
+                said = f"{type(model).__name__} gives no logits for {' and '.join(arrays)} alone: {error}"
+                raise ModelError(said, hint=task.hint) from error
+            flat = logits.reshape(-1, logits.shape[-1])
+            found.append(flat[torch.as_tensor(alone.sources, device=model.device)])
+        task.check(examples, found)
+        return cls(examples, found)
 
 
-def _agree(got: list[Tensor], want: list[Tensor], slack: float = 1.0) -> bool:
-    limit = slack * _SAME[want[0].dtype]
-    pairs = zip(got, want, strict=True)
-    return all(g.shape == w.shape and bool((g - w).norm() <= limit * w.norm()) for g, w in pairs)
-
-
-def _packed_inputs(stream: Stream) -> dict[str, np.ndarray]:
-    return {"input_ids": stream.tokens[None], "position_ids": stream.positions[None]}
-
-
-def _row_inputs(stream: Stream) -> dict[str, np.ndarray]:
-    """A row a document, padded on the right with token 0, which the mask hides."""
-    lengths = stream.lengths
-    mask = np.arange(lengths.max()) < lengths[:, None]
-    tokens = np.zeros(mask.shape, dtype=np.int64)
-    tokens[mask] = stream.tokens
-    return {"input_ids": tokens, "attention_mask": mask.astype(np.int64)}
-
-
-def _supervised_runs(stream: Stream, runs: Runs) -> Iterator[tuple[slice, str | None]]:
-    """The supervised tokens of each run of documents, and its adapter."""
-    borders = np.searchsorted(stream.owners, np.cumsum([0, *(count for _, count in runs)]))
+def _judged_runs(batch: Batch, runs: Runs) -> Iterator[tuple[slice, str | None]]:
+    """The judged items of each run of documents, and its adapter."""
+    borders = np.searchsorted(batch.owners, np.cumsum([0, *(count for _, count in runs)]))
     for (name, _), start, stop in zip(runs, borders[:-1], borders[1:], strict=True):
         yield slice(int(start), int(stop)), name
 
 
-def _per_document(losses: Tensor, stream: Stream) -> Losses:
+def _per_document(losses: Tensor, batch: Batch) -> np.ndarray:
     each = losses.double().cpu().numpy()
-    documents = np.zeros(len(stream.documents))
-    np.add.at(documents, stream.owners, each)
-    return Losses(documents)
+    documents = np.zeros(batch.documents)
+    np.add.at(documents, batch.owners, each)
+    return documents
 
 
 @contextmanager

@@ -75,5 +75,7 @@ def answer(
             streamer=_TextStream(tokenizer, stops, say) if say is not None else None,
             **chance,
         )
-    said = [token for token in out[0, ids.shape[1] :].tolist() if token not in stops]
+    # A decoder of its own begins with a token that nobody said; any other begins with the prompt.
+    begin = 1 if model.config.is_encoder_decoder else ids.shape[1]
+    said = [token for token in out[0, begin:].tolist() if token not in stops]
     return tokenizer.decode(said, skip_special_tokens=True)

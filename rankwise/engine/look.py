@@ -18,6 +18,7 @@ from rankwise.adapters.scaling import alpha_for
 from rankwise.adapters.spec import LoraSpec, exactly
 from rankwise.adapters.starts import gradient_start
 from rankwise.data.corpus import Corpus
+from rankwise.data.examples import Examples
 from rankwise.data.order import Order, micro_batches
 from rankwise.engine.forward import Forward
 from rankwise.engine.gradient import gradient_triplets
@@ -53,6 +54,7 @@ class Look:
         advance: is told how far it is, from 0 to 1.
 
     Raises:
+        SpecError: the documents are for another task than a causal language model's.
         DataError: no documents, or nothing supervised in those that are looked at.
         TargetError: the spec's targets or patterns match nothing, or its tokens do not fit.
     """
@@ -62,11 +64,14 @@ class Look:
         bank: Bank,
         name: str,
         spec: LoraSpec,
-        corpus: Corpus,
+        corpus: Examples,
         seed: int,
         start: Start,
         advance: Callable[[float], None],
     ) -> None:
+        if not isinstance(corpus, Corpus):
+            said = f"init {spec.init!r} looks at documents as a causal language model reads them"
+            raise SpecError(f"{said}, and these are for another task", hint="take another init")
         self.bank, self.name, self.spec, self.corpus, self.seed, self.start = bank, name, spec, corpus, seed, start
         self.advance = advance
         if not len(corpus):

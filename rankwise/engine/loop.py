@@ -18,14 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from rankwise.data.corpus import Corpus
-from rankwise.data.order import Order, micro_batches
+from rankwise.data.examples import Examples
+from rankwise.data.order import Order, cut
 from rankwise.engine.evaluate import document_losses
 from rankwise.engine.folder import RunFolder
 from rankwise.engine.forward import Forward
 from rankwise.engine.interrupt import Interrupt, Interrupted
 from rankwise.engine.run import Loop, Run
 from rankwise.engine.state import Checkpoint, check_same, newest_checkpoint, save_checkpoint
+from rankwise.engine.tasks.choose import task_for
 from rankwise.engine.trainee import Trainee, check_can_learn
 from rankwise.errors import DataError, RunFolderError, SpecError, TrainingError, listing
 from rankwise.planning.limits import MICRO_TOKENS
@@ -60,9 +61,9 @@ class Outcome:
 def train(
     bank: Bank,
     runs: Mapping[str, Run],
-    data: Corpus,
+    data: Examples,
     *,
-    valid: Corpus | None = None,
+    valid: Examples | None = None,
     loop: Loop | None = None,
     out: RunFolder | None = None,
     resume: bool = False,
@@ -73,7 +74,7 @@ def train(
     Args:
         bank: holds every adapter that `runs` names.
         runs: adapter → how it learns.
-        data, valid: documents to learn from and to judge by.
+        data, valid: documents to learn from and to judge by; what they are decides what the model is trained for.
         loop: shared settings.
         out: a held run folder for metrics and checkpoints (`held_folder`); None keeps nothing on disk.
         resume: go on from the newest whole checkpoint in `out`.
@@ -111,15 +112,15 @@ class _Training:
         self,
         bank: Bank,
         runs: Mapping[str, Run],
-        data: Corpus,
-        valid: Corpus | None,
+        data: Examples,
+        valid: Examples | None,
         loop: Loop,
         folder: RunFolder | None,
         observe: Observer | None,
     ) -> None:
         self.bank, self.data, self.valid, self.loop = bank, data, valid, loop
         self.folder, self.observe = folder, observe
-        self.forward = Forward(bank, checkpointing=loop.checkpointing)
+        self.forward = Forward(bank, task_for(data), checkpointing=loop.checkpointing)
         self.lengths, self.supervised = data.lengths(), data.supervised_counts()
         self.order = Order(self.lengths, loop.seed, loop.batch_tokens, loop.batch_documents)
         self.steps = loop.max_steps or self.order.steps(loop.epochs)
@@ -213,12 +214,13 @@ class _Training:
         losses = {name: np.zeros(len(documents)) for name in names}
         place = {int(document): i for i, document in enumerate(documents)}
         weight = 1.0 / self.supervised[documents].sum()
-        for number, micro in enumerate(micro_batches(documents, self.lengths, self.micro_tokens)):
+        data, padded = self.data.drawn(self.done), self.forward.layout == "rows"
+        for number, micro in enumerate(cut(documents, self.lengths, self.micro_tokens, padded=padded)):
             interrupt.check()
             laid = np.tile(micro, len(names))
             runs = [(name, len(micro)) for name in names]
             tick = (self.done << 20) + number
-            found = self.forward.learn(self.data, laid, runs, np.full(len(laid), weight), tick)
+            found = self.forward.learn(data, laid, runs, np.full(len(laid), weight), tick)
             own = [place[int(document)] for document in micro]
             for name, part in zip(names, np.split(found.documents, len(names)), strict=True):
                 losses[name][own] = part

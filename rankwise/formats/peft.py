@@ -140,6 +140,16 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def stated_task(folder: Path) -> str | None:
+    """PEFT's name for what an adapter is for, where its config says.
+
+    Raises:
+        AdapterFileError: the config is missing or damaged.
+    """
+    task = _read_config(folder / CONFIG).get("task_type")
+    return None if task is None else str(task)
+
+
 def _spec(config: Mapping[str, Any], paths: tuple[str, ...]) -> LoraSpec:
     """`paths` are those that there are tensors for."""
     return LoraSpec(

@@ -10,10 +10,11 @@ from rankwise.data.template import Template
 from rankwise.engine.generate import answer, stops_of
 from rankwise.errors import DataError
 from rankwise.frozen.load import load_base
-from rankwise.jobs.evaluate import as_trained, load_adapter
+from rankwise.jobs.evaluate import as_trained, check_task, load_adapter
 from rankwise.jobs.vocabulary import with_tokens_of
 from rankwise.jobs.watch import Watch
 from rankwise.surgery.bank import Bank
+from rankwise.tasks import DEFAULT
 
 _NAME = "adapter"
 
@@ -44,8 +45,10 @@ class Chat:
         storage: str | None = None,
         force: bool = False,
     ) -> None:
+        adapters = [adapter] if adapter is not None else []
+        for folder in adapters:
+            check_task(folder, DEFAULT)  # before a model is loaded for what it is not
         with watch.stage(f"loading {model}"):
-            adapters = [adapter] if adapter is not None else []
             base = load_base(model, storage=as_trained(adapters, {"storage": storage})["storage"])
             self.base = with_tokens_of(base, adapters, force=force)
             self.template = Template(self.base.tokenizer)
@@ -54,7 +57,7 @@ class Chat:
         self.bank = Bank(self.base.model)
         self.name = _NAME if adapter is not None else None
         if adapter is not None:
-            load_adapter(self.bank, _NAME, adapter, self.base, self.template, force=force)
+            load_adapter(self.bank, _NAME, adapter, self.base, self.template.digest, force=force)
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
         self.messages: list[dict[str, Any]] = []
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from rankwise.data.corpus import Corpus
-from rankwise.data.prepare import prepare
+from rankwise.data.examples import Examples
 from rankwise.data.split import overlap, split
-from rankwise.data.template import Template
 from rankwise.errors import DataError
+from rankwise.jobs.reader import Reader
 from rankwise.jobs.request import TrainRequest
 from rankwise.jobs.watch import Watch
 
@@ -20,30 +19,25 @@ _HELD_BACK, _HELD_BACK_AT_MOST = 0.05, 500
 class Documents:
     """What is learnt from, judged by, and compared on; with the files and counts of each."""
 
-    train: Corpus
-    valid: Corpus
-    test: Corpus
+    train: Examples
+    valid: Examples
+    test: Examples
     facts: dict[str, Any]
 
 
-def read_documents(request: TrainRequest, template: Template, watch: Watch) -> Documents:
-    """Training, validation and test documents, tokenised; without a validation file some are held back.
+def read_documents(request: TrainRequest, reader: Reader, watch: Watch) -> Documents:
+    """Training, validation and test documents; without a validation file some are held back.
 
     Raises:
         DataError: bad rows, all listed; or validation documents that are also trained on.
     """
 
-    def read(sources: Any, title: str) -> Any:
+    def read(sources: Any, title: str, part: str) -> Any:
+        named = [sources] if isinstance(sources, str) else list(sources)
         with watch.stage(title) as advance:
-            return prepare(
-                sources,
-                template,
-                request.max_length,
-                overlong=request.overlong,
-                progress=lambda rows, share: advance(share),
-            )
+            return reader.read(named, part, lambda rows, share: advance(share))
 
-    found = read(list(request.data), "reading the documents")
+    found = read(request.data, "reading the documents", "train")
     parts = {"train": found.report.to_json()}
     if request.valid is None:
         share = min(_HELD_BACK, _HELD_BACK_AT_MOST / len(found.corpus))
@@ -53,11 +47,11 @@ def read_documents(request: TrainRequest, template: Template, watch: Watch) -> D
         parts["valid"] = parts["train"] | _counts(valid) | none
         parts["train"] |= _counts(train_on)
     else:
-        held = read(request.valid, "reading the validation documents")
+        held = read(request.valid, "reading the validation documents", "valid")
         train_on, valid, parts["valid"] = found.corpus, held.corpus, held.report.to_json()
     test = valid
     if request.test is not None:
-        last = read(request.test, "reading the test documents")
+        last = read(request.test, "reading the test documents", "test")
         test, parts["test"] = last.corpus, last.report.to_json()
     for title, corpus in (("validation", valid), ("test", test)):
         seen = overlap(train_on, corpus)
@@ -69,8 +63,9 @@ def read_documents(request: TrainRequest, template: Template, watch: Watch) -> D
     return Documents(train_on, valid, test, {name: _facts(report) for name, report in parts.items()})
 
 
-def _counts(corpus: Corpus) -> dict[str, int]:
-    return {"documents": len(corpus), "tokens": len(corpus.tokens), "supervised": int(corpus.supervised.sum())}
+def _counts(examples: Examples) -> dict[str, int]:
+    lengths, supervised = examples.lengths(), examples.supervised_counts()
+    return {"documents": len(examples), "tokens": int(lengths.sum()), "supervised": int(supervised.sum())}
 
 
 def _facts(report: dict[str, Any]) -> dict[str, Any]:

@@ -10,18 +10,22 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 
-from rankwise.data.corpus import Corpus
+from rankwise.data.classes import Classes
+from rankwise.data.examples import Examples
 from rankwise.data.intake import Overlong
-from rankwise.data.prepare import prepare
-from rankwise.data.template import Template, TrainOn
+from rankwise.data.template import TrainOn
 from rankwise.engine.evaluate import Evaluation, evaluate
 from rankwise.errors import AdapterMismatchError, DataError, SpecError, listing
+from rankwise.formats.peft import stated_task
 from rankwise.formats.record import read_record
-from rankwise.frozen.load import Base, load_base
+from rankwise.frozen.load import Base
+from rankwise.jobs.defaults import BY_TASK
+from rankwise.jobs.reader import check_sources, load_for, reader_for
 from rankwise.jobs.vocabulary import with_tokens_of
 from rankwise.jobs.watch import Advance, Watch
 from rankwise.kernels.sizes import Storage
 from rankwise.surgery.bank import Bank
+from rankwise.tasks import DEFAULT, TASKS
 
 
 def run_evaluation(
@@ -38,55 +42,67 @@ def run_evaluation(
     """Losses of the base and of every adapter on the same documents, with paired 95 % intervals.
 
     Args:
-        reading: `max_length`, `overlong`, `train_on`, `storage`, as `rankwise train` has them; None is what all
-            adapters were trained with, and where they differ or do not say, what `rankwise train` does by itself.
+        reading: `task`, `max_length`, `overlong`, `train_on`, `seed`, `storage`, as `rankwise train` has them; None is
+            what all adapters were trained with, and where they differ or do not say, what `rankwise train` does by
+            itself.
 
     Returns:
-        `{"documents", "tokens", "base": {"loss"}, "adapters": [{"name", "loss", "delta": {"mean", "low", "high"}}],
-        "truncated", "dropped", "unused"}`, in nats per supervised token; an adapter is named by its folder.  The last
-        three say what of the rows was not measured, as `data.intake.Report` does.
+        `{"task", "documents", "tokens", "base": {"loss"}, "adapters": [{"name", "loss", "delta": {"mean", "low",
+        "high"}}], "truncated", "dropped", "unused"}`, in nats per judged item; an adapter is named by its folder.
+        Where there are classes also `classes` and `reference` (what stands in the place of a base whose head is fresh),
+        and beside every loss `accuracy` and `macro_f1`.  The last three say what of the rows was not measured, as
+        `data.intake.Report` does.
 
     Raises:
+        SpecError: the adapters are of several tasks.
         DataError: losses that are not finite, and the documents; or bad rows.
         RankwiseError: of every other kind.
     """
     data = [expanduser(source) for source in data]
     adapters = [folder.expanduser() for folder in adapters]
     names = folder_names(adapters)
-    asked = as_trained(adapters, reading)
+    task = trained_task(adapters, reading.pop("task", None))
+    asked = as_trained(adapters, reading, task)
+    check_sources(task, data)
+    storage = asked.pop("storage")
     with watch.stage(f"loading {model}"):
-        base = load_base(model, dtype=dtype, device=device, storage=asked["storage"])
+        known = trained_classes(adapters, task)
+        base, classes = load_for(model, task, known, dtype=dtype, device=device, storage=storage)
     base = with_tokens_of(base, adapters, force=force)
-    template = Template(base.tokenizer, asked["train_on"])
+    reader = reader_for(base, classes, **asked)
     with watch.stage("reading the documents") as advance:
-        found = prepare(
-            data,
-            template,
-            asked["max_length"],
-            overlong=asked["overlong"],
-            progress=lambda rows, share: advance(share),
-        )
+        found = reader.read(data, "test", lambda rows, share: advance(share))
     with Bank(base.model) as bank:
         for name, folder in zip(names, adapters, strict=True):
-            load_adapter(bank, name, folder, base, template, force=force)
+            load_adapter(bank, name, folder, base, reader.digest, force=force)
         with watch.stage("evaluating") as advance:
-            summary = evaluate_finite(bank, names, found.corpus, advance).summary()
+            summary = evaluate_finite(bank, names, found.corpus, advance, frequencies(base, classes)).summary()
     report = found.report
-    return summary | {"truncated": report.truncated, "dropped": report.dropped, "unused": report.unused}
+    rest = {"truncated": report.truncated, "dropped": report.dropped, "unused": report.unused}
+    return {"task": task} | summary | rest
 
 
-def evaluate_finite(bank: Bank, names: Sequence[str], corpus: Corpus, advance: Advance) -> Evaluation:
-    """The comparison, whose every number is one.
+def frequencies(base: Base, classes: Classes | None) -> tuple[int, ...]:
+    """How often each class was learnt from, alike where nobody counted; () where the base has a head of its own."""
+    if classes is None or not base.fresh:
+        return ()
+    return classes.counts or (1,) * len(classes)
+
+
+def evaluate_finite(
+    bank: Bank, names: Sequence[str], examples: Examples, advance: Advance, shares: Sequence[int] = ()
+) -> Evaluation:
+    """The comparison, whose every number is one; `shares` as `frequencies` gives them.
 
     Raises:
         DataError: losses that are not finite; names the first documents.
     """
     with np.errstate(all="ignore"):  # what is not finite is told below, by document
-        found = evaluate(bank, names, corpus, progress=lambda done, of: advance(done / of))
+        found = evaluate(bank, names, examples, frequencies=shares, progress=lambda done, of: advance(done / of))
     problems = []
     for name, losses in zip(("base", *names), (found.base, *found.losses), strict=True):
         bad = np.flatnonzero(~np.isfinite(losses))
-        problems += [f"{corpus.origin(int(i))}: {name}" for i in bad]
+        problems += [f"{examples.origin(int(i))}: {name}" for i in bad]
     if problems:
         raise DataError(
             f"the loss is not a finite number on these documents:\n{listing(problems)}",
@@ -95,22 +111,70 @@ def evaluate_finite(bank: Bank, names: Sequence[str], corpus: Corpus, advance: A
     return found
 
 
-_TRAINED: dict[str, tuple[TypeAdapter[Any], Any]] = {
-    "max_length": (TypeAdapter(Annotated[int, Field(ge=2)]), 2048),
-    "overlong": (TypeAdapter(Overlong), "truncate"),
-    "train_on": (TypeAdapter(TrainOn), "all"),
-    "storage": (TypeAdapter(Storage), "dense"),
+def trained_task(adapters: Sequence[Path], asked: str | None = None) -> str:
+    """What the adapters were trained for, as their records say, or their PEFT configs.
+
+    Raises:
+        SpecError: for several things.
+    """
+    if asked is not None:
+        return asked
+    tasks = {folder: _task(folder) for folder in adapters}
+    if len(set(tasks.values())) > 1:
+        lines = [f"{folder}: {task}" for folder, task in tasks.items()]
+        raise SpecError(f"adapters of several tasks:\n{listing(lines)}", hint="evaluate those of one task at a time")
+    return next(iter(tasks.values()), DEFAULT)
+
+
+def _task(folder: Path) -> str:
+    record = read_record(folder)
+    if record is not None:
+        return str(record.get("task", DEFAULT))
+    told = stated_task(folder)
+    return next((name for name, task in TASKS.items() if told is not None and task.peft == told), DEFAULT)
+
+
+def trained_classes(adapters: Sequence[Path], task: str) -> Classes | None:
+    """The classes of the adapters' records; None where the task has none, or no record says.
+
+    Raises:
+        SpecError: they differ.
+    """
+    if not TASKS[task].classifies:
+        return None
+    told = [record["classes"] for folder in adapters if (record := read_record(folder)) and record.get("classes")]
+    found = [Classes.of_json(rows) for rows in told]
+    if any(one.names != found[0].names for one in found):
+        listed = [", ".join(one.names) for one in found]
+        raise SpecError(f"adapters of different classes:\n{listing(listed)}", hint="evaluate them one at a time")
+    return found[0] if found else None
+
+
+_TRAINED: dict[str, TypeAdapter[Any]] = {
+    "max_length": TypeAdapter(Annotated[int, Field(ge=2)]),
+    "overlong": TypeAdapter(Overlong),
+    "train_on": TypeAdapter(TrainOn),
+    "seed": TypeAdapter(Annotated[int, Field(ge=0)]),
+    "storage": TypeAdapter(Storage),
+}
+_BY_ITSELF: dict[str, Any] = {
+    "max_length": 2048,
+    "overlong": "truncate",
+    "train_on": "all",
+    "seed": 0,
+    "storage": "dense",
 }
 
 
-def as_trained(adapters: Sequence[Path], asked: dict[str, Any]) -> dict[str, Any]:
+def as_trained(adapters: Sequence[Path], asked: dict[str, Any], task: str = DEFAULT) -> dict[str, Any]:
     """Each setting as asked for, else as in the training of all adapters, else as training has it by itself."""
     if unknown := asked.keys() - _TRAINED.keys():
         raise SpecError(f"no setting of reading: {', '.join(sorted(unknown))}", hint=", ".join(_TRAINED))
     records = [read_record(folder) or {} for folder in adapters]
     tables = [{row.get("name"): row.get("value") for row in record.get("settings", [])} for record in records]
+    by_itself = _BY_ITSELF | {name: value for name, (value, _) in BY_TASK[task].items() if name in _TRAINED}
     chosen = {}
-    for name, (kind, default) in _TRAINED.items():
+    for name, kind in _TRAINED.items():
         values = [table.get(name) for table in tables]
         agreed = values[0] if values and all(value == values[0] for value in values) else None
         try:
@@ -118,20 +182,34 @@ def as_trained(adapters: Sequence[Path], asked: dict[str, Any]) -> dict[str, Any
         except ValidationError:
             if asked.get(name) is not None:
                 raise SpecError(f"{name} = {asked[name]!r} is none that `rankwise train` takes") from None
-            chosen[name] = default
+            chosen[name] = by_itself[name]
     return chosen
 
 
-def load_adapter(bank: Bank, name: str, folder: Path, base: Base, template: Template, *, force: bool) -> None:
-    """Loads an adapter and checks that the model is talked to as in training.
+def check_task(folder: Path, task: str) -> None:
+    """That an adapter's record, if it has one, says this task.
 
     Raises:
-        AdapterMismatchError: another base, or another chat template or tokenizer, unless `force`.
+        AdapterMismatchError: it says another.
     """
+    trained_for = (read_record(folder) or {}).get("task", task)
+    if trained_for != task:
+        raise AdapterMismatchError(
+            f"{folder}: trained for {trained_for}, and the base is here for {task}",
+            hint="rankwise evaluate and merge find the task out by themselves; chat is for causal-lm",
+        )
+
+
+def load_adapter(bank: Bank, name: str, folder: Path, base: Base, digest: str, *, force: bool) -> None:
+    """Loads an adapter and checks that the model is talked to as in training; `digest` is the reader's.
+
+    Raises:
+        AdapterMismatchError: another task, or, unless `force`, another base, chat template or tokenizer.
+    """
+    check_task(folder, base.task)
     bank.load(name, folder, force=force)
-    record = read_record(folder) or {}
-    trained_with = record.get("template", {}).get("digest")
-    if trained_with not in (None, template.digest) and not force:
+    trained_with = (read_record(folder) or {}).get("template", {}).get("digest")
+    if trained_with not in (None, digest) and not force:
         raise AdapterMismatchError(
             f"{folder}: trained with another chat template or tokenizer than {base.name} has",
             hint="use the tokenizer it was trained with; to go on all the same, --force",

@@ -9,21 +9,26 @@ from typing import Any
 
 from rankwise.adapters.presets import TARGET_ROLES
 from rankwise.errors import ModelError
-from rankwise.formats.peft import CONFIG, read_adapter
+from rankwise.formats.peft import CONFIG, read_adapter, stated_task
 from rankwise.formats.record import read_record
 from rankwise.frozen.load import read_outline
 from rankwise.surgery.sites import find_sites
+from rankwise.tasks import DEFAULT
 
 
-def run_inspection(what: str) -> dict[str, Any]:
+def run_inspection(what: str, task: str | None = None) -> dict[str, Any]:
     """Of an adapter: sites with rank, scale and ‖ΔW‖, and the base it expects.  Of a model: its sites by role.
+
+    Args:
+        what: an adapter's folder, or a model's folder or id.
+        task: what a model is to be loaded for; by default what its checkpoint was made for.
 
     Raises:
         AdapterFileError: the folder holds an adapter that cannot be read.
         ModelError: it is neither an adapter's folder nor a model that can be found.
     """
     folder = Path(what).expanduser()
-    return _adapter(folder) if (folder / CONFIG).exists() else _model(what)
+    return _adapter(folder) if (folder / CONFIG).exists() else _model(what, task)
 
 
 def _adapter(folder: Path) -> dict[str, Any]:
@@ -41,6 +46,8 @@ def _adapter(folder: Path) -> dict[str, Any]:
     return {
         "kind": "adapter",
         "path": str(folder),
+        "task": record.get("task", DEFAULT) if record is not None else stated_task(folder),
+        "classes": [row["name"] for row in record.get("classes", [])] if record is not None else [],
         "parameters": adapter.parameter_count(),
         "digest": adapter.digest(),
         "spec": adapter.spec.model_dump(mode="json"),
@@ -59,10 +66,10 @@ def _named_base(folder: Path) -> dict[str, Any] | None:
     return {"name": name, "fingerprint": None} if name else None
 
 
-def _model(source: str) -> dict[str, Any]:
+def _model(source: str, task: str | None) -> dict[str, Any]:
     """From the config alone: the model is built without memory for its weights."""
     try:
-        model = read_outline(source)
+        model = read_outline(source, task)
     except ModelError as error:
         raise ModelError(
             f"{source}: neither an adapter's folder nor a model that can be read: {error.message}",

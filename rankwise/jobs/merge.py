@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
-from rankwise.data.template import Template
+from rankwise.engine.tasks.choose import task_named
 from rankwise.errors import MergeError, RunFolderError
-from rankwise.frozen.load import load_base
-from rankwise.jobs.evaluate import load_adapter
+from rankwise.frozen.load import Base, load_base
+from rankwise.jobs.evaluate import load_adapter, trained_classes, trained_task
+from rankwise.jobs.reader import load_for, reader_for
 from rankwise.jobs.vocabulary import with_tokens_of
 from rankwise.jobs.watch import Watch
 from rankwise.surgery.bank import Bank
+from rankwise.tasks import DEFAULT
 
 _NAME = "adapter"
 # Texts in several languages and in code: the proof is made on what they become, token by token.
@@ -46,25 +47,27 @@ def run_merge(model: str, adapter: Path, out: Path, watch: Watch, *, force: bool
         RunFolderError: `out` exists and is not an empty folder, or cannot be written.
         RankwiseError: of loading.
     """
+    task = trained_task([adapter])
     with _beside(out.expanduser().resolve()) as place:
         with watch.stage(f"loading {model}"):
-            base = with_tokens_of(load_base(model, dtype="float32", device="cpu"), [adapter], force=force)
+            loaded, classes = load_for(model, task, trained_classes([adapter], task), dtype="float32", device="cpu")
+        base = with_tokens_of(loaded, [adapter], force=force)
         stored = base.stored if base.stored in TOLERANCE else torch.float32
-        bank, template = Bank(base.model), Template(base.tokenizer)
-        load_adapter(bank, _NAME, adapter, base, template, force=force)
-        prompts = [base.tokenizer.encode(text) for text in PROMPTS]
-        if own := sorted({i for rows in bank.adapter(_NAME).tokens.values() for i in rows.tokens}):
-            prompts.append(own)
+        bank = Bank(base.model)
+        reader = reader_for(base, classes, max_length=2048, overlong="truncate", train_on="all")
+        load_adapter(bank, _NAME, adapter, base, reader.digest, force=force)
+        own = sorted({i for rows in bank.adapter(_NAME).tokens.values() for i in rows.tokens})
+        inputs = _inputs(base, own)
         with watch.stage("base + adapter on the prompts"), bank.use(_NAME):
-            want = _logits(base.model, prompts)
+            want = _logits(base.model, inputs)
         with watch.stage("merging"):
             report = bank.bake(_NAME)
-            _prove(base.model, prompts, want, torch.float32)  # before a rounding could hide a mistake
+            _prove(base.model, inputs, want, torch.float32)  # before a rounding could hide a mistake
             base.model.to(stored).save_pretrained(place)
             base.tokenizer.save_pretrained(place)
         with watch.stage("proving what was written"):
-            again = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
-            error = _prove(again, prompts, want, stored)
+            again = load_base(place, dtype="float32", device="cpu", task=task, classes=base.classes)
+            error = _prove(again.model, inputs, want, stored)
     return {
         "out": str(out),
         "layers": report.layers,
@@ -73,7 +76,7 @@ def run_merge(model: str, adapter: Path, out: Path, watch: Watch, *, force: bool
         "logits_error": error,
         "tolerance": TOLERANCE[stored],
         "worst_layer_error": report.worst_error,
-        "prompts": len(prompts),
+        "prompts": len(inputs),
     }
 
 
@@ -98,9 +101,9 @@ def _beside(out: Path) -> Iterator[Path]:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def _prove(model: Any, prompts: list[list[int]], want: list[Tensor], held: torch.dtype) -> float:
+def _prove(model: Any, inputs: list[dict[str, Tensor]], want: list[Tensor], held: torch.dtype) -> float:
     """The largest relative difference of a model's logits from `want`, if the number format explains it."""
-    error = max(_relative(got, wanted) for got, wanted in zip(_logits(model, prompts), want, strict=True))
+    error = max(_relative(got, wanted) for got, wanted in zip(_logits(model, inputs), want, strict=True))
     if not error <= TOLERANCE[held]:
         raise MergeError(
             f"the merged model's logits are off by {error:.2g}, at most {TOLERANCE[held]:g} was expected",
@@ -109,9 +112,25 @@ def _prove(model: Any, prompts: list[list[int]], want: list[Tensor], held: torch
     return error
 
 
+def _inputs(base: Base, own: list[int]) -> list[dict[str, Tensor]]:
+    """What the proof is made on: the prompts, and the tokens that are the adapter's `own`.
+
+    Where a model reads something else, what the engine probes it with.
+    """
+    if base.task == DEFAULT:
+        texts = [*(base.tokenizer.encode(text) for text in PROMPTS), *([own] if own else [])]
+        return [{"input_ids": torch.tensor([tokens])} for tokens in texts]
+    task = task_named(base.task)(base.model)
+    probe = task.probe()
+    batches = [task.rows(probe, [i]) for i in range(len(probe))]
+    found = [{name: torch.as_tensor(array) for name, array in batch.inputs.items()} for batch in batches]
+    alone = {name: torch.tensor([own]) for name in found[0] if name.endswith("input_ids")}
+    return [*found, alone] if own else found
+
+
 @torch.no_grad()
-def _logits(model: Any, prompts: list[list[int]]) -> list[Tensor]:
-    return [model(input_ids=torch.tensor([tokens])).logits[0].float() for tokens in prompts]
+def _logits(model: Any, inputs: list[dict[str, Tensor]]) -> list[Tensor]:
+    return [model(**one).logits[0].float() for one in inputs]
 
 
 def _relative(got: Tensor, want: Tensor) -> float:

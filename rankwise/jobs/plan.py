@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rankwise.adapters.presets import TARGET_ROLES
 from rankwise.adapters.spec import Form, LoraSpec
 from rankwise.data.corpus import Corpus
+from rankwise.data.examples import Examples
 from rankwise.data.order import Order, micro_batches
 from rankwise.engine.loop import train
 from rankwise.engine.run import Loop, Run
@@ -30,6 +31,7 @@ from rankwise.planning.process import resident_without
 from rankwise.planning.request import PlanRequest, machine_for
 from rankwise.planning.shapes import shapes_of
 from rankwise.surgery.bank import Bank
+from rankwise.tasks import DEFAULT
 
 _STEPS = 2  # the second is the first with gradients and moments in place
 _NAME = "measured"
@@ -120,16 +122,17 @@ def _random(request: PlanRequest, vocabulary: int) -> Corpus:
 # ── before training ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def predicted_training(request: TrainRequest, base: Base, bank: Bank, corpus: Corpus) -> Memory | None:
+def predicted_training(request: TrainRequest, base: Base, bank: Bank, examples: Examples) -> Memory | None:
     """What a run will take, from the model and adapter that are there and the documents' own lengths.
 
-    None where the model has no config that describes it, or the device is neither a processor nor CUDA.
+    None for other tasks than causal language modelling, where the model has no config that describes it, or the device
+    is neither a processor nor CUDA.
     """
-    if base.device.type not in MICRO_TOKENS:
+    if base.device.type not in MICRO_TOKENS or request.task != DEFAULT:
         return None
     try:
         shapes = shapes_of(base.model.config.to_dict(), {}, base.name)
-        asked = _as_plan(request, base, bank, corpus)
+        asked = _as_plan(request, base, bank, examples)
         # What is loaded by now is the process, the weights and the adapter: the last two are known to the byte.
         held = _parameter_bytes(base.model)
         return memory_of(shapes, asked, machine_for(asked), resident_without(held))
@@ -137,10 +140,10 @@ def predicted_training(request: TrainRequest, base: Base, bank: Bank, corpus: Co
         return None
 
 
-def _as_plan(request: TrainRequest, base: Base, bank: Bank, corpus: Corpus) -> PlanRequest:
-    lengths, supervised = corpus.lengths(), corpus.supervised_counts()
+def _as_plan(request: TrainRequest, base: Base, bank: Bank, examples: Examples) -> PlanRequest:
+    lengths, supervised = examples.lengths(), examples.supervised_counts()
     micro = request.micro_tokens or MICRO_TOKENS[base.device.type]
-    epoch = Order(lengths, request.seed, request.batch_tokens).epoch(0)
+    epoch = Order(lengths, request.seed, request.batch_tokens, request.batch_documents).epoch(0)
     pieces = [piece for step in epoch for piece in micro_batches(step, lengths, micro)]
     largest = max(pieces, key=lambda piece: int(lengths[piece].sum()))
     tokens = int(lengths[largest].sum())

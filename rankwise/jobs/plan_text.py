@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from rankwise.adapters.adapter import Adapter
-from rankwise.data.template import Template
 from rankwise.frozen.load import Base
 from rankwise.jobs.documents import Documents
+from rankwise.jobs.reader import Reader
 from rankwise.jobs.request import TrainRequest
 from rankwise.jobs.vocabulary import token_counts
 from rankwise.planning.amounts import shown
@@ -17,7 +17,7 @@ from rankwise.reports.start import started
 from rankwise.surgery.bank import Bank
 from rankwise.texts import plain
 
-_SHOWN_TOKENS = 160
+_NAMED_CLASSES = 12
 
 
 def plan_text(
@@ -25,7 +25,7 @@ def plan_text(
     base: Base,
     bank: Bank,
     documents: Documents,
-    template: Template,
+    reader: Reader,
     memory: Memory | None,
     begun: Start | None,
 ) -> str:
@@ -43,12 +43,13 @@ def plan_text(
         *(f"            {path}: rows of {len(rows.tokens)} tokens" for path, rows in adapter.tokens.items()),
         *_new_tokens(base, adapter.spec.new_tokens, documents),
         *([f"[bold]start[/bold]     {plain(started(begun, len(adapter.sites)))}"] if begun is not None else []),
+        *_classes(base),
         *(f"[bold]{name:9}[/bold] {_counted(name, documents.facts)}" for name in documents.facts),
         *([_memory(memory)] if memory is not None else []),
         "[bold]settings[/bold]",
         *(f"  {row['name']:15} {_shown(row['value']):14} [dim]{row['reason']}[/dim]" for row in request.table()),
         "[bold]one row as it is trained[/bold] (trained tokens highlighted)",
-        _row(documents, template),
+        _row(documents, reader),
     ]
     return "\n".join(lines)
 
@@ -102,13 +103,21 @@ def left_out(facts: dict[str, Any]) -> list[str]:
     return [*cut, *dropped, *unused]
 
 
-def _row(documents: Documents, template: Template) -> str:
-    tokens, mask = documents.train.document(0)
-    first = max(0, int(mask.argmax()) - _SHOWN_TOKENS // 2)
-    shown = slice(first, first + _SHOWN_TOKENS)
-    pieces = template.marked(tokens[shown], mask[shown])
-    text = "".join(f"[black on green]{plain(t)}[/]" if trained else plain(t) for t, trained in pieces)
-    return ("… " if first else "") + text + (" …" if shown.stop < len(tokens) else "")
+def _classes(base: Base) -> list[str]:
+    if not base.classes:
+        return []
+    named = plain(", ".join(base.classes[:_NAMED_CLASSES]) + (" …" if len(base.classes) > _NAMED_CLASSES else ""))
+    head = (
+        f"the checkpoint has no head for them, so {plain(', '.join(base.fresh))} begins fresh and is trained whole"
+        if base.fresh
+        else "the checkpoint's own head tells them apart"
+    )
+    return [f"[bold]classes[/bold]   {len(base.classes)}: {named}; {head}"]
+
+
+def _row(documents: Documents, reader: Reader) -> str:
+    pieces = reader.shown(documents.train)
+    return "".join(f"[black on green]{plain(t)}[/]" if trained else plain(t) for t, trained in pieces)
 
 
 def _shown(value: Any) -> str:

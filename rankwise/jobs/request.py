@@ -26,8 +26,10 @@ from rankwise.adapters.spec import (
 )
 from rankwise.engine.run import Start
 from rankwise.errors import SpecError
+from rankwise.jobs.defaults import BY_TASK
 from rankwise.kernels.sizes import Storage
 from rankwise.settings import Settings
+from rankwise.tasks import TaskName
 
 
 def _default(value: Any, reason: str, **limits: Any) -> Any:
@@ -92,6 +94,7 @@ _OF_SCENARIO = ("rank", "alpha", "targets")
 _OF_SPEC = ("rank", "layers", "form", "scaling", "dropout", "init", "rank_pattern", "alpha_pattern", "modules_to_save")
 _OF_PRUNING = {"target_rank", "orthogonality"}
 _OF_START = {"init_documents": DATA_STARTS, "init_rho": ("eva",)}  # which starts read it
+_WITH_NEW_TOKENS: tuple[TaskName, ...] = ("causal-lm", "seq2seq")
 # What an adapter that is trained further brings along.
 _OF_ADAPTER = {"scenario", "alpha", "targets", "exclude", "add_tokens", *_OF_SPEC, *_OF_START}
 
@@ -107,6 +110,7 @@ class TrainRequest(Settings):
     model: str
     data: Annotated[Repeated, AfterValidator(_at_home)] = Field(min_length=1)
     out: Annotated[Path, AfterValidator(_at_home)]
+    task: TaskName = _default("causal-lm", "the model learns to go on with a text, or to answer")
     valid: Place = _default(None, "a twentieth of the documents, at most 500, is set aside")
     test: Place = _default(None, "the comparison with the base is made on the validation documents")
     continue_from: Annotated[Path | None, AfterValidator(_at_home)] = _default(None, "a fresh adapter")
@@ -143,6 +147,7 @@ class TrainRequest(Settings):
     epochs: float = _default(1.0, "each document once; more while the validation loss still falls", gt=0)
     max_steps: int = _default(0, "as many steps as the epochs take", ge=0)
     batch_tokens: int = _default(4096, "8 to 40 usual documents a step; LoRA prefers small batches", ge=1)
+    batch_documents: int | None = _default(None, "steps are counted in tokens", ge=1)
     micro_tokens: int = _default(0, "by device: the smallest size at which its products are fast", ge=0)
     max_length: int = _default(2048, "longer documents are cut, and counted", ge=8)
     overlong: Literal["truncate", "drop"] = _default("truncate", "the beginning of a long document still teaches")
@@ -156,6 +161,15 @@ class TrainRequest(Settings):
     storage: Storage = _default("dense", "weights as they are; nf4 (QLoRA) or int8 where memory is short")
     device: str = _default("auto", "a GPU when there is one")
     track: Repeated = _default((), "metrics.jsonl holds everything")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _on_task(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """The settings of a task stand under those that were given."""
+        stands = {name: value for name, (value, _) in BY_TASK.get(str(values.get("task")), {}).items()}
+        if values.get("batch_tokens") is not None:
+            stands.pop("batch_documents", None)  # steps are counted one way
+        return stands | values
 
     @model_validator(mode="before")
     @classmethod
@@ -174,6 +188,8 @@ class TrainRequest(Settings):
         clash = sorted(_OF_ADAPTER & self.model_fields_set)
         if self.continue_from is not None and clash:
             raise ValueError(f"continue_from takes the adapter as it is; leave out {', '.join(clash)}")
+        if self.batch_documents is not None and "batch_tokens" in self.model_fields_set:
+            raise ValueError("a step is counted in batch_tokens or in batch_documents, not in both")
         astray = sorted(_OF_PRUNING & self.model_fields_set)
         if self.form != "adalora" and astray:
             raise ValueError(f"{', '.join(astray)}: of form adalora alone, and the form is {self.form}")
@@ -184,11 +200,20 @@ class TrainRequest(Settings):
             raise ValueError(f"init {self.init} does not read {', '.join(unread)}; leave it out, or take another init")
         if self.init == "eva" and self.rank_pattern and self.init_rho > 1:
             raise ValueError("init eva gives out the ranks itself; leave out rank_pattern, or say init_rho 1")
+        if self.init in DATA_STARTS and self.task != "causal-lm":
+            raise ValueError(f"init {self.init} looks at documents as task causal-lm reads them; take another init")
+        if self.add_tokens and self.task not in _WITH_NEW_TOKENS:
+            raise ValueError(f"add_tokens are for what a model says, which task {self.task} does not teach")
         return self
 
     @property
     def spec(self) -> LoraSpec:
+        return self.spec_with(())
+
+    def spec_with(self, fresh: tuple[str, ...]) -> LoraSpec:
+        """The adapter; `fresh` modules of the model are trained whole beside those asked for."""
         values = {name: getattr(self, name) for name in _OF_SPEC}
+        values["modules_to_save"] = tuple(dict.fromkeys([*self.modules_to_save, *fresh]))
         named = {name: named_targets(getattr(self, name)) for name in ("targets", "exclude")}
         return LoraSpec(alpha=self._alpha, **named, **values)
 
@@ -217,14 +242,21 @@ class TrainRequest(Settings):
             value, reason = None, "as in the adapter that is trained further"
         elif scenario is not None and value == getattr(scenario, name):
             reason = f"{self.scenario}: {scenario.reason}"
+        elif self._is_of_task(name):
+            reason = f"{self.task}: {BY_TASK[self.task][name][1]}"
         return {"name": name, "value": _plain(value), "reason": reason}
+
+    def _is_of_task(self, name: str) -> bool:
+        """Whether a setting is as its task has it by itself."""
+        return name in BY_TASK[self.task] and getattr(self, name) == BY_TASK[self.task][name][0]
 
     def command(self) -> str:
         """The command that asks for the same."""
         words = ["rankwise train"]
         for name in type(self).model_fields:
             value = getattr(self, name)
-            if name not in self.model_fields_set or name == "resume" or value is None or value is False:
+            silent = name not in self.model_fields_set or name == "resume" or self._is_of_task(name)
+            if silent or value is None or value is False:
                 continue
             option = "--" + name.replace("_", "-")
             words += [option] if value is True else [f"{option} {shlex.quote(one)}" for one in _written(name, value)]

@@ -15,13 +15,12 @@ import json
 import signal
 import time
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rankwise.adapters.spec import LoraSpec
-from rankwise.data.rows import is_file
-from rankwise.data.template import Template
+from rankwise.data.classes import Classes
 from rankwise.data.tokeniser import add_tokens
 from rankwise.engine.begin import COMPUTED_STARTS, begin
 from rankwise.engine.evaluate import Evaluation
@@ -31,14 +30,15 @@ from rankwise.engine.loop import Outcome, train
 from rankwise.engine.run import Loop, Pruning, Run
 from rankwise.errors import DataError, RankwiseWarning
 from rankwise.formats.tensors import write_text
-from rankwise.frozen.load import Base, load_base
+from rankwise.frozen.load import Base
 from rankwise.jobs.documents import Documents, read_documents
-from rankwise.jobs.evaluate import evaluate_finite, load_adapter
+from rankwise.jobs.evaluate import evaluate_finite, frequencies, load_adapter
 from rankwise.jobs.machine import machine_facts, peak_memory_bytes, versions
 from rankwise.jobs.plan import predicted_training
 from rankwise.jobs.plan_text import plan_text
+from rankwise.jobs.reader import Reader, check_sources, learnt_classes, load_for, reader_for
 from rankwise.jobs.request import TrainRequest
-from rankwise.jobs.samples import sample_answers
+from rankwise.jobs.samples import samples as sampled
 from rankwise.jobs.tracking import check_trackers, tracked
 from rankwise.jobs.vocabulary import token_counts, with_tokens_of
 from rankwise.jobs.watch import Advance, Watch
@@ -78,36 +78,51 @@ def _way_on(request: TrainRequest, saved: str) -> str:
     return f" before the first step.  Begin again with:\n  {request.command()}"
 
 
+@dataclass(frozen=True)
+class _Subject:
+    """What a run is about.
+
+    Attributes:
+        base: the model, and the tokenizer with every token that the adapter has for itself.
+        reader: how the model is talked to.
+        classes: what it is to tell apart; None for a task without.
+        new_tokens: numbers of those that were added for this run.
+        enlarged: the tokenizer is not the base's own, and travels with the adapter.
+    """
+
+    base: Base
+    reader: Reader
+    classes: Classes | None
+    new_tokens: tuple[int, ...]
+    enlarged: bool
+
+
 def _run(request: TrainRequest, folder: RunFolder, watch: Watch) -> dict[str, Any]:
-    for source in (*request.data, *filter(None, (request.valid, request.test))):
-        is_file(source)  # one that is missing is found out before a model is loaded
     check_trackers(request.track)
-    with watch.stage(f"loading {request.model}"):
-        loaded = _loaded(request)
-    base = with_tokens_of(loaded, list(filter(None, [request.continue_from])), force=request.force)
-    new_tokens = add_tokens(base.tokenizer, request.add_tokens)
-    template = Template(base.tokenizer, request.train_on)
-    documents = read_documents(request, template, watch)
+    subject = _subject(request, watch)
+    base = subject.base
+    documents = read_documents(request, subject.reader, watch)
     with Bank(base.model) as bank:
         begun: Start | None = None
         if request.continue_from is None:
-            spec = request.spec.model_copy(update={"new_tokens": new_tokens})
+            spec = request.spec_with(base.fresh).model_copy(update={"new_tokens": subject.new_tokens})
             begun = _begin(bank, request, spec, documents, folder, watch)
         else:
-            load_adapter(bank, ADAPTER, request.continue_from, base, template, force=request.force)
+            load_adapter(bank, ADAPTER, request.continue_from, base, subject.reader.digest, force=request.force)
         memory = predicted_training(request, base, bank, documents.train)
-        watch.say(plan_text(request, base, bank, documents, template, memory, begun))
-        _warn_of_unmet(base, new_tokens, documents)
+        watch.say(plan_text(request, base, bank, documents, subject.reader, memory, begun))
+        _warn_of_unmet(subject, documents)
         began = time.monotonic()
         outcome = _train(bank, request, documents, folder, watch)
-        facts = _facts(request, base, documents, template) | {
-            "new_tokens": dict(zip(request.add_tokens, new_tokens, strict=True)),
-            "training": _training_facts(folder, outcome, time.monotonic() - began, len(documents.train.tokens))
+        tokens = int(documents.train.lengths().sum())
+        facts = _facts(request, subject, documents) | {
+            "new_tokens": dict(zip(request.add_tokens, subject.new_tokens, strict=True)),
+            "training": _training_facts(folder, outcome, time.monotonic() - began, tokens)
             | {"predicted_memory_bytes": memory.peak if memory is not None else None},
         }
         if begun is not None:
             facts["start"] = asdict(begun)
-        if new_tokens or base is not loaded:
+        if subject.enlarged:
             base.tokenizer.save_pretrained(request.out)
         bank.save(ADAPTER, request.out, facts)
         if outcome.failed:
@@ -116,19 +131,29 @@ def _run(request: TrainRequest, folder: RunFolder, watch: Watch) -> dict[str, An
                 RankwiseWarning,
                 stacklevel=2,
             )
-        return _finish(bank, base, template, request, documents, facts, watch)
+        return _finish(bank, subject, request, documents, facts, watch)
 
 
-def _loaded(request: TrainRequest) -> Base:
+def _subject(request: TrainRequest, watch: Watch) -> _Subject:
+    """The model with its reader; what is wrong with the sources is found out before anything is loaded."""
+    judged = {part: source for part in ("valid", "test") if (source := getattr(request, part)) is not None}
+    check_sources(request.task, [*request.data, *judged.values()])
+    classes = learnt_classes(request.task, request.data, judged)
+    with watch.stage(f"loading {request.model}"):
+        loaded, classes = load_for(request.model, request.task, classes, **_loading(request))
+    base = with_tokens_of(loaded, list(filter(None, [request.continue_from])), force=request.force)
+    new_tokens = add_tokens(base.tokenizer, request.add_tokens) if request.add_tokens else ()
+    reading: dict[str, Any] = {name: getattr(request, name) for name in ("max_length", "overlong", "train_on", "seed")}
+    reader = reader_for(base, classes, **reading)
+    return _Subject(base, reader, classes, new_tokens, bool(new_tokens) or base is not loaded)
+
+
+def _loading(request: TrainRequest) -> dict[str, Any]:
+    """What `load_base` is told besides the task."""
     spec = request.spec
     remainder = max(spec.rank, *spec.rank_pattern.values(), 0) if spec.init == "loftq" else 0
-    return load_base(
-        request.model,
-        dtype=request.dtype,
-        device=request.device,
-        storage=request.storage,
-        remainder_rank=remainder,
-    )
+    told = {name: getattr(request, name) for name in ("dtype", "device", "storage", "seed")}
+    return told | {"remainder_rank": remainder}
 
 
 def _begin(
@@ -168,20 +193,24 @@ def _train(bank: Bank, request: TrainRequest, documents: Documents, folder: RunF
         )[ADAPTER]
 
 
-def _facts(request: TrainRequest, base: Base, documents: Documents, template: Template) -> dict[str, Any]:
+def _facts(request: TrainRequest, subject: _Subject, documents: Documents) -> dict[str, Any]:
+    base, classes = subject.base, subject.classes
     return {
+        "task": request.task,
+        **({"classes": classes.to_json()} if classes is not None else {}),
         "versions": versions(),
         "machine": machine_facts(base.device, base.precision),
         "settings": request.table(),
         "data": documents.facts,
-        "template": {"digest": template.digest},
+        "template": {"digest": subject.reader.digest},
         "command": request.command(),
     }
 
 
-def _warn_of_unmet(base: Base, new_tokens: tuple[int, ...], documents: Documents) -> None:
+def _warn_of_unmet(subject: _Subject, documents: Documents) -> None:
     """A token that is never met is a slip of the finger, as often as not."""
-    unmet = [text for text, count in token_counts(base.tokenizer, new_tokens, documents.train).items() if not count]
+    counts = token_counts(subject.base.tokenizer, subject.new_tokens, documents.train)
+    unmet = [text for text, count in counts.items() if not count]
     if unmet:
         said = f"no training document holds {', '.join(map(repr, unmet))}: the model learns only not to say it"
         warnings.warn(said, RankwiseWarning, stacklevel=3)
@@ -208,8 +237,7 @@ def _training_facts(folder: RunFolder, outcome: Outcome, seconds: float, epoch_t
 
 def _finish(
     bank: Bank,
-    base: Base,
-    template: Template,
+    subject: _Subject,
     request: TrainRequest,
     documents: Documents,
     facts: dict[str, Any],
@@ -219,15 +247,16 @@ def _finish(
     found: Evaluation | None = None
     if len(documents.test) > 1:
         with watch.stage("comparing with the base") as advance:
-            found = _compared(bank, documents, advance)
+            found = _compared(bank, subject, documents, advance)
     if found is not None:
         _write_json(request.out / "evaluation.json", found.record())
     with watch.stage("answering samples") as advance:
-        samples = sample_answers(bank, ADAPTER, base.tokenizer, template, documents.test, advance)
+        samples = sampled(bank, ADAPTER, subject.base.tokenizer, subject.reader, documents.test, advance)
     _write_json(request.out / "samples.json", samples)
     with watch.stage("writing the report"):
         report, _ = write_report(request.out), write_card(request.out)
     return {
+        "task": request.task,
         "out": str(request.out),
         "report": str(report),
         "spec": bank.adapter(ADAPTER).spec.model_dump(mode="json"),
@@ -238,10 +267,11 @@ def _finish(
     }
 
 
-def _compared(bank: Bank, documents: Documents, advance: Advance) -> Evaluation | None:
+def _compared(bank: Bank, subject: _Subject, documents: Documents, advance: Advance) -> Evaluation | None:
     """The comparison, or a warning in its place: what was learnt is saved, so this must not end the run."""
     try:
-        return evaluate_finite(bank, [ADAPTER], documents.test, advance)
+        shares = frequencies(subject.base, subject.classes)
+        return evaluate_finite(bank, [ADAPTER], documents.test, advance, shares)
     except DataError as error:
         warnings.warn(f"not compared with the base: {error.message}", RankwiseWarning, stacklevel=2)
         return None

@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rankwise.data.corpus import Corpus
+from rankwise.data.examples import Examples
+from rankwise.data.laid import OnCorpus
 from rankwise.errors import AdapterFileError, AdapterMismatchError
 from rankwise.formats.peft import token_ids
 from rankwise.frozen.load import Base, read_tokenizer
@@ -26,10 +27,11 @@ def with_tokens_of(base: Base, folders: Sequence[Path], *, force: bool) -> Base:
         AdapterMismatchError: its tokenizer is no larger version of the base's (unless `force`), or two adapters bring
             tokenizers that differ.
     """
-    known = set(base.tokenizer.get_vocab().values())
+    rows = {folder: token_ids(folder) for folder in folders}
+    known = set(base.tokenizer.get_vocab().values()) if any(rows.values()) else set()  # pictures have no vocabulary
     found: dict[Path, Any] = {}
-    for folder in folders:
-        new = [token for token in token_ids(folder) if token not in known]
+    for folder, tokens in rows.items():
+        new = [token for token in tokens if token not in known]
         if new and all((folder / name).exists() for name in _TOKENIZER):
             found[folder] = read_tokenizer(folder)
             _check_larger(base, folder, found[folder], force=force)
@@ -51,10 +53,10 @@ def with_tokens_of(base: Base, folders: Sequence[Path], *, force: bool) -> Base:
     return replace(base, tokenizer=tokenizer)
 
 
-def token_counts(tokenizer: Any, ids: Iterable[int], corpus: Corpus) -> dict[str, int]:
-    """How often tokens occur in documents, by their texts."""
-    texts = [(token, str(tokenizer.convert_ids_to_tokens(token))) for token in ids]
-    return {text: int((corpus.tokens == token).sum()) for token, text in texts}
+def token_counts(tokenizer: Any, ids: Iterable[int], examples: Examples) -> dict[str, int]:
+    """How often tokens occur in documents of text, by their texts."""
+    corpus: Any = examples.laid if isinstance(examples, OnCorpus) else examples
+    return {str(tokenizer.convert_ids_to_tokens(token)): int((corpus.tokens == token).sum()) for token in ids}
 
 
 def _check_larger(base: Base, folder: Path, tokenizer: Any, *, force: bool) -> None:

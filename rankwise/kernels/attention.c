@@ -1,10 +1,10 @@
-/* Causal attention over a packed stream in which every document sees only itself, forward and backward.
+/* Attention over a packed stream in which every document sees only itself, forward and backward.
  *
  * q [tokens, heads, width], k and v [tokens, groups, width], bfloat16, any strides but the last; heads / groups query
  * heads share one key-value head.  Segment i is tokens bounds[i] … bounds[i+1]-1.  It sees itself and, where
  * after[i] >= 0, the segment that it continues, and so on: what several documents have in common at their beginning
- * stands in the stream once.  Segments that continue one follow it at once.  `window` > 0 lets a token see that many
- * tokens back, itself included; 0 is no limit.  Scores, softmax and all sums are float32; probabilities are kept for no
+ * stands in the stream once.  Segments that continue one follow it at once.  `causal` lets a token see itself and what
+ * stands before it, `window` > 0 of that so many tokens, itself included; else it sees its whole document.  Scores, softmax and all sums are float32; probabilities are kept for no
  * longer than a block and made again in the backward pass from the row's log-sum-exp (FlashAttention-2,
  * arXiv:2307.08691, algorithms 1 and 2, with whole rows in place of the running maximum: documents are short).
  *
@@ -25,7 +25,7 @@ typedef struct {
     const i64 *bounds, *after;
     i64 count, tokens, heads, groups, width;
     float scale;
-    i64 window;
+    i64 window, causal;
 } Layout;
 
 typedef struct {
@@ -129,13 +129,13 @@ static void forward_task(const Layout *l, Desk d, Heads q, Heads k, Heads v, bf1
     pairs_of_tokens(values.data, values.step, whole, padded, width, d.values);
     for (i64 t = 0; t < own.length; t += QUERIES) {
         i64 rows = own.length - t < QUERIES ? own.length - t : QUERIES, place = own.before + t;
-        i64 to = ROUND_UP(place + rows, LANES);
+        i64 to = ROUND_UP(l->causal ? place + rows : whole, LANES);
         i64 from = l->window > 0 && place + 1 > l->window ? (place + 1 - l->window) / LANES * LANES : 0;
         float inverse[QUERIES];
         product(at(q, own.start + t, head), q.token, d.keys + from, padded, width / 2, d.scores + from, padded, rows,
                 to - from, 0);
         for (i64 r = 0; r < rows; r++) {
-            i64 end = place + r + 1, first = l->window > 0 && end > l->window ? end - l->window : 0;
+            i64 end = l->causal ? place + r + 1 : whole, first = l->window > 0 && end > l->window ? end - l->window : 0;
             softmax_row(d.scores + r * padded, d.weights + r * padded, from, to, first, end, l->scale,
                         lse + head * l->tokens + own.start + t + r, inverse + r);
         }
@@ -215,7 +215,7 @@ static void lay_keys_across(Room r, Rows k, i64 whole, i64 padded, i64 width) {
  * Keys are counted over all that is seen, queries within the segment. */
 static void grad_block(const Layout *l, Room r, Segment own, i64 key, i64 keys, i64 query, i64 columns, const float *lse) {
     for (i64 i = 0; i < keys; i++) {
-        i64 first = key + i - own.before, end = own.length;
+        i64 first = l->causal ? key + i - own.before : 0, end = own.length;
         if (l->window > 0 && first + l->window < end) end = first + l->window;
         for (i64 j = 0; j < columns; j += LANES) {
             i64 t = query + j, at_ = i * COLUMNS + j;
@@ -269,7 +269,7 @@ typedef struct {
 static void backward_keys(const Layout *l, Room r, Segment own, Rows key, Rows value, i64 t, i64 keys, i64 padded,
                           const float *lse) {
     i64 width = l->width, across = ROUND_UP(ROUND_UP(own.before + own.length, LANES), KEYS), last = own.length;
-    i64 columns_padded = padded, first = t > own.before ? (t - own.before) / LANES * LANES : 0;
+    i64 columns_padded = padded, first = l->causal && t > own.before ? (t - own.before) / LANES * LANES : 0;
     if (l->window > 0 && t + keys - 1 + l->window - own.before < last) last = t + keys - 1 + l->window - own.before;
     memset(r.grad_keys, 0, 4 * KEYS * width);
     memset(r.grad_values, 0, 4 * KEYS * width);

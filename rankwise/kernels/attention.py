@@ -60,9 +60,16 @@ def _integers(values: Sequence[int]) -> Any:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float, window: int = 0, softcap: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spans: Spans,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    causal: bool = True,
 ) -> Tensor:
-    """Causal attention of each document to itself.
+    """Attention of each document to itself.
 
     Args:
         q: `[N, H, D]`; k, v: `[N, G, D]`.  Head h uses key-value head `h // (H / G)`.
@@ -70,13 +77,14 @@ def attend(
         scale: factor of the scores.
         window: how many tokens a token sees, itself included; 0 for all before it.
         softcap: scores x become softcap · tanh(x / softcap), as in Gemma 2; 0 for none.
+        causal: a token sees itself and what stands before it; without, its whole document, and no window.
 
     Returns:
         `[N, H, D]`.
     """
     if serves(q, k, v) and not softcap and _alike(q, k, v):
-        return _NativeAttention.apply(q, k, v, spans, scale, window)
-    return torch.cat([_attend_alone(q, k, v, chain, scale, window, softcap) for chain in spans.chains])
+        return _NativeAttention.apply(q, k, v, spans, scale, window, causal)
+    return torch.cat([_attend_alone(q, k, v, chain, scale, window, softcap, causal) for chain in spans.chains])
 
 
 def _alike(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -90,7 +98,14 @@ def _alike(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def _attend_alone(
-    q: Tensor, k: Tensor, v: Tensor, chain: Sequence[tuple[int, int]], scale: float, window: int, softcap: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chain: Sequence[tuple[int, int]],
+    scale: float,
+    window: int,
+    softcap: float,
+    causal: bool,
 ) -> Tensor:
     """One segment, the last of the chain, to all of it."""
     start, stop = chain[-1]
@@ -99,9 +114,10 @@ def _attend_alone(
     keys, values = (_joined(x, chain).transpose(0, 1).unsqueeze(0) for x in (k, v))
     blind = q.device.type == "cpu" and seen < LANES  # torch's CPU kernel turns NaN into 0 in less than a vector
     mask = None
-    if softcap or blind or seen > own or 0 < window < seen:
+    if softcap or blind or (causal and (seen > own or 0 < window < seen)):
         before = seen - own
-        mask = torch.ones(own, seen, dtype=torch.bool, device=q.device).tril(before)
+        mask = torch.ones(own, seen, dtype=torch.bool, device=q.device)
+        mask = mask.tril(before) if causal else mask
         mask = mask.triu(before + 1 - window) if window else mask
     if mask is not None and (softcap or blind):
         shared, wide = q.shape[1] // k.shape[1], torch.promote_types(q.dtype, torch.float32)
@@ -114,7 +130,7 @@ def _attend_alone(
         keys,
         values,
         attn_mask=mask,
-        is_causal=mask is None,
+        is_causal=causal and mask is None,
         scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
     )
@@ -128,12 +144,14 @@ def _joined(x: Tensor, chain: Sequence[tuple[int, int]]) -> Tensor:
 
 class _NativeAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float, window: int) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float, window: int, causal: bool
+    ) -> Tensor:
         tokens, heads, _ = q.shape
         out = q.new_empty(q.shape)
         log_sums = q.new_empty((heads, tokens), dtype=torch.float32)
         ctx.save_for_backward(q, k, v, out, log_sums)
-        ctx.spans, ctx.scale, ctx.window = spans, scale, window
+        ctx.spans, ctx.scale, ctx.window, ctx.causal = spans, scale, window, causal
         failed = native().attention_forward(  # type: ignore[union-attr]
             Heads.of(q), Heads.of(k), Heads.of(v), out.data_ptr(), log_sums.data_ptr(), _layout(ctx, q, k)
         )
@@ -154,13 +172,13 @@ class _NativeAttention(torch.autograd.Function):
             _layout(ctx, q, k),
         )
         _check(failed, q)
-        return grad_q, grad_k, grad_v, None, None, None
+        return grad_q, grad_k, grad_v, None, None, None, None
 
 
 def _layout(ctx: Any, q: Tensor, k: Tensor) -> Layout:
     spans = ctx.spans
     sizes = (spans.count, len(q), q.shape[1], k.shape[1], q.shape[2])
-    return Layout(spans.c_bounds, spans.c_after, *sizes, ctx.scale, ctx.window)
+    return Layout(spans.c_bounds, spans.c_after, *sizes, ctx.scale, ctx.window, ctx.causal)
 
 
 def _check(failed: int, q: Tensor) -> None:

@@ -67,6 +67,7 @@ class Layout(ctypes.Structure):
         *((name, c_int64) for name in ("count", "tokens", "heads", "groups", "width")),
         ("scale", c_float),
         ("window", c_int64),
+        ("causal", c_int64),
     ]
 
 

@@ -14,10 +14,12 @@ from rankwise.reports import numbers
 from rankwise.reports.folder import CARD, place
 from rankwise.reports.paired import pair
 from rankwise.reports.reader import read_run
-from rankwise.reports.run import Evaluation, Record, Run, Sample, Setting, Split
+from rankwise.reports.run import AdapterLoss, BaseLoss, Evaluation, Record, Run, Sample, Setting, Split
 from rankwise.reports.sites import group_sites
 from rankwise.reports.start import started
 from rankwise.reports.verdict import judge, stop
+from rankwise.reports.words import Words, accuracy
+from rankwise.tasks import DEFAULT, TASKS, Task
 
 LONGEST_SAMPLE = 1_500
 MOST_SAMPLES = 3
@@ -48,7 +50,7 @@ def render(run: Run) -> str:
         f"**{_escaped(verdict.sentence)}**",
         "\n".join(f"- {_escaped(caveat)}" for caveat in verdict.caveats),
         _usage(run.record),
-        _comparison(run.evaluation) if run.evaluation else "",
+        _comparison(run.evaluation, Words.of(run)) if run.evaluation else "",
         _samples(run.samples[:MOST_SAMPLES]),
         _adapter(run.record),
         _training(run.record),
@@ -62,8 +64,12 @@ def render(run: Run) -> str:
 def _front_matter(record: Record) -> str:
     # A licence that nobody stated is left out: a guess would be a promise.
     base = [f"base_model: {json.dumps(record.base.name)}"] if _HUB_NAME.fullmatch(record.base.name) else []
-    lines = [*base, "library_name: peft", "pipeline_tag: text-generation", "tags:", "- lora", "- rankwise"]
+    lines = [*base, "library_name: peft", f"pipeline_tag: {_task(record).pipeline}", "tags:", "- lora", "- rankwise"]
     return "\n".join(["---", *lines, "---"])
+
+
+def _task(record: Record) -> Task:
+    return TASKS.get(record.task, TASKS[DEFAULT])
 
 
 def _base(record: Record) -> str:
@@ -72,25 +78,37 @@ def _base(record: Record) -> str:
 
 
 def _usage(record: Record) -> str:
-    base = json.dumps(_base(record), ensure_ascii=False)
+    base, task = json.dumps(_base(record), ensure_ascii=False), _task(record)
+    names = [one.name for one in record.classes]
+    told = f", num_labels={len(names)}" if names else ""
+    reader = "tokenizer" if task.reads == "AutoTokenizer" else "processor"
     here = '"path/to/this/folder"'
     enlarged = "\nmodel.resize_token_embeddings(len(tokenizer))" if record.new_tokens else ""
     return f"""## Use
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {task.loads}, {task.reads}
 
-tokenizer = AutoTokenizer.from_pretrained({here if record.new_tokens else base})
-model = AutoModelForCausalLM.from_pretrained({base}){enlarged}
+{reader} = {task.reads}.from_pretrained({here if record.new_tokens else base})
+model = {task.loads}.from_pretrained({base}{told}){enlarged}
 model = PeftModel.from_pretrained(model, "path/to/this/folder")
 ```
 
-Or without a line of code: `rankwise chat --model MODEL --adapter path/to/this/folder`."""
+Or without a line of code: `rankwise {_verb(record)} --model MODEL --adapter path/to/this/folder`.{_named(names)}"""
 
 
-def _comparison(evaluation: Evaluation) -> str:
-    rows = [("base", numbers.decimal(evaluation.base.loss), numbers.perplexity(evaluation.base.loss), "", "", "")]
+def _verb(record: Record) -> str:
+    return "chat" if record.task == DEFAULT else "evaluate --data FILE"
+
+
+def _named(classes: Sequence[str]) -> str:
+    return f"\n\nClasses, from 0: {_escaped(', '.join(classes))}." if classes else ""
+
+
+def _comparison(evaluation: Evaluation, words: Words) -> str:
+    base = (words.reference, numbers.decimal(evaluation.base.loss), *_measures(evaluation.base, words), "", "", "")
+    rows: list[tuple[str, ...]] = [base]
     for adapter in evaluation.adapters:
         delta, places = adapter.delta, numbers.decimals_for((adapter.delta.high - adapter.delta.low) / 2)
         paired = pair(evaluation.per_document, adapter.name)
@@ -98,17 +116,25 @@ def _comparison(evaluation: Evaluation) -> str:
             (
                 adapter.name,
                 numbers.decimal(adapter.loss),
-                numbers.perplexity(adapter.loss),
+                *_measures(adapter, words),
                 numbers.signed(delta.mean, places),
                 f"{numbers.signed(delta.low, places)} … {numbers.signed(delta.high, places)}",
                 f"{paired.better:,} of {paired.documents:,}" if paired else "",
             )
         )
     interval = f"{100 * evaluation.confidence:g} % interval"
-    head = ("model", "loss", "perplexity", "difference", interval, "documents better")
+    measures = ("accuracy", "macro-F1") if words.classes else ("perplexity",)
+    head = ("model", "loss", *measures, "difference", interval, "documents better")
     documents, tokens = numbers.counted(evaluation.documents, "document"), numbers.counted(evaluation.tokens, "token")
-    note = f"Nats per token on {documents}, {tokens}; paired by document, bootstrap. Negative is better."
+    measured = documents if words.classes else f"{documents}, {tokens}"
+    note = f"Nats per {words.unit} on {measured}; paired by document, bootstrap. Negative is better."
     return f"## Base against tuned\n\n{_table(head, rows)}\n\n{note}"
+
+
+def _measures(one: BaseLoss | AdapterLoss, words: Words) -> tuple[str, ...]:
+    if not words.classes:
+        return (numbers.perplexity(one.loss),)
+    return accuracy(one), "" if one.macro_f1 is None else numbers.decimal(one.macro_f1)
 
 
 def _samples(samples: Sequence[Sample]) -> str:

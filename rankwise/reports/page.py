@@ -17,7 +17,8 @@ from rankwise.reports.run import AdapterLoss, Evaluation, Run
 from rankwise.reports.series import training_losses
 from rankwise.reports.sites import group_sites
 from rankwise.reports.start import started
-from rankwise.reports.verdict import Kind, Verdict, judge, judge_adapter, stop
+from rankwise.reports.verdict import Kind, judge, judge_adapter, stop
+from rankwise.reports.words import Words, accuracy
 
 # A model that never stops talking must not make a page that never stops loading.
 LONGEST_SAMPLE = 12_000
@@ -54,7 +55,7 @@ def write_report(folder: Path) -> Path:
 
 def render(run: Run) -> str:
     """The whole page."""
-    verdict = judge(run)
+    verdict, words = judge(run), Words.of(run)
     comparisons = _comparisons(run.evaluation) if run.evaluation else ()
     paired = comparisons[0].paired if comparisons else None
     return (
@@ -66,11 +67,12 @@ def render(run: Run) -> str:
             training=run.record.training,
             evaluation=run.evaluation,
             verdict=verdict,
-            tiles=_tiles(run, verdict),
+            words=words,
+            tiles=_tiles(run, words),
             loss=loss_plot(run),
-            interval=interval_plot(run.evaluation) if run.evaluation else None,
+            interval=interval_plot(run.evaluation, words) if run.evaluation else None,
             comparisons=comparisons,
-            documents=documents_plot(paired) if paired else None,
+            documents=documents_plot(paired, words) if paired else None,
             rate=rate_plot(run),
             norm=norm_plot(run),
             sites=group_sites(run.record.sites),
@@ -89,6 +91,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {
+        "accuracy": accuracy,
         "anything": numbers.anything,
         "count": numbers.count,
         "counted": numbers.counted,
@@ -121,8 +124,8 @@ def _comparisons(evaluation: Evaluation) -> tuple[Comparison, ...]:
     )
 
 
-def _tiles(run: Run, verdict: Verdict) -> list[Tile]:
-    tiles = _measured_tiles(run.evaluation) if run.evaluation else _unmeasured_tiles(run)
+def _tiles(run: Run, words: Words) -> list[Tile]:
+    tiles = _measured_tiles(run.evaluation, words) if run.evaluation else _unmeasured_tiles(run)
     if training := run.record.training:
         speed = numbers.count(round(training.tokens_per_second))
         steps = numbers.counted(training.steps, "step")
@@ -132,21 +135,28 @@ def _tiles(run: Run, verdict: Verdict) -> list[Tile]:
     return tiles
 
 
-def _measured_tiles(evaluation: Evaluation) -> list[Tile]:
+def _measured_tiles(evaluation: Evaluation, words: Words) -> list[Tile]:
     adapter, *_ = evaluation.adapters
     delta, places = adapter.delta, numbers.decimals_for((adapter.delta.high - adapter.delta.low) / 2)
     interval = f"{numbers.signed(delta.low, places)} … {numbers.signed(delta.high, places)}"
     tiles = [
-        Tile(numbers.signed(delta.mean, places), f"nats/token against the base, {interval}"),
-        Tile(
-            f"{numbers.perplexity(evaluation.base.loss)} → {numbers.perplexity(adapter.loss)}",
-            "perplexity, base → tuned",
-        ),
+        Tile(numbers.signed(delta.mean, places), f"{words.nats} against {words.against}, {interval}"),
+        _second_tile(evaluation, adapter, words),
     ]
     if paired := pair(evaluation.per_document, adapter.name):
         share = numbers.percent(paired.better, paired.documents)
         tiles.append(Tile(share, f"of unseen documents better: {paired.better:,} of {paired.documents:,}"))
     return tiles
+
+
+def _second_tile(evaluation: Evaluation, adapter: AdapterLoss, words: Words) -> Tile:
+    """What the loss comes to, in a measure that says more."""
+    if adapter.accuracy is None:
+        ends = f"{numbers.perplexity(evaluation.base.loss)} → {numbers.perplexity(adapter.loss)}"
+        return Tile(ends, f"perplexity, {words.reference} → tuned")
+    f1 = "" if adapter.macro_f1 is None else f"; macro-F1 {numbers.decimal(adapter.macro_f1)}"
+    before = accuracy(evaluation.base, interval=False)
+    return Tile(accuracy(adapter, interval=False), f"accuracy, {words.reference} {before}{f1}")
 
 
 def _unmeasured_tiles(run: Run) -> list[Tile]:

@@ -17,6 +17,7 @@ from rankwise.reports.run import AdapterLoss, Curve, Evaluation, Run, Validation
 from rankwise.reports.series import MOST_POINTS, Series, finite, thin, training_losses, window
 from rankwise.reports.svg import NARROW, SMALL, WIDE, colour, picture
 from rankwise.reports.verdict import judge_adapter
+from rankwise.reports.words import USUAL, Words
 
 VERDICT_ROLE = {"better": "tuned", "worse": "worse", "unclear": "muted"}
 ADAPTER_ROLES = ("tuned", "series-2", "series-3", "series-4")
@@ -67,7 +68,7 @@ def loss_plot(run: Run) -> Plot | None:
     if not tracks:
         return None
     base = run.evaluation.base.loss if run.evaluation else None
-    best = _best(run)
+    best, words = _best(run), Words.of(run)
     bottom, top = _frame(tracks, base)
 
     def draw(axes: Any) -> None:
@@ -75,16 +76,23 @@ def loss_plot(run: Run) -> Plot | None:
             _draw_track(axes, track, raw=len(tracks) == 1)
         if base is not None:
             axes.axhline(base, color=colour("ink"), linewidth=1.2, linestyle=(0, (5, 4)))
-            _label(axes, f"base {decimal(base)}", (1, base), (0, 4), "right", transform=axes.get_yaxis_transform())
+            _label(
+                axes,
+                f"{words.reference} {decimal(base)}",
+                (1, base),
+                (0, 4),
+                "right",
+                transform=axes.get_yaxis_transform(),
+            )
         if best is not None:
             _mark_best(axes, best, last=max(max(track.raw.xs + track.validation.xs) for track in tracks))
         axes.set_ylim(bottom, top)
-        _steps_below(axes, "nats per token")
+        _steps_below(axes, f"nats per {words.unit}")
 
     beyond = sum(y > top for track in tracks for y in track.raw.ys) if len(tracks) == 1 else 0
     return Plot(
-        picture("loss", "Loss by step, in nats per token", draw, WIDE, NARROW),
-        _loss_keys(tracks, base, best),
+        picture("loss", f"Loss by step, in nats per {words.unit}", draw, WIDE, NARROW),
+        _loss_keys(tracks, words.reference if base is not None else None, best),
         f"{counted(beyond, 'step')} lost more than the frame shows." if beyond else "",
     )
 
@@ -144,7 +152,7 @@ def _mark_best(axes: Any, best: Validation, *, last: float) -> None:
     _label(axes, f"best {decimal(best.loss or 0)}", (best.step, best.loss), (6 if side == "right" else -6, -20), side)
 
 
-def _loss_keys(tracks: Sequence[Track], base: float | None, best: Validation | None) -> tuple[Key, ...]:
+def _loss_keys(tracks: Sequence[Track], reference: str | None, best: Validation | None) -> tuple[Key, ...]:
     if len(tracks) > 1:
         keys = [Key("line", track.validation_role, track.name) for track in tracks]
         if any(track.validation.xs for track in tracks):
@@ -160,15 +168,15 @@ def _loss_keys(tracks: Sequence[Track], base: float | None, best: Validation | N
             keys.append(Key("dots", "tuned", "validation"))
     if best is not None:
         keys.append(Key("ring", "tuned", f"best: step {best.step}"))
-    if base is not None:
-        keys.append(Key("dashed", "ink", "base, on the evaluation documents"))
+    if reference is not None:
+        keys.append(Key("dashed", "ink", f"{reference}, on the evaluation documents"))
     return tuple(keys)
 
 
 # ── base against tuned ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def interval_plot(evaluation: Evaluation) -> Plot:
+def interval_plot(evaluation: Evaluation, words: Words = USUAL) -> Plot:
     """The difference to the base with its interval, an adapter a row, the base as the line at zero."""
     adapters = evaluation.adapters
     ends = [0.0, *(end for adapter in adapters for end in (adapter.delta.low, adapter.delta.high))]
@@ -183,14 +191,16 @@ def interval_plot(evaluation: Evaluation) -> Plot:
         axes.set_xlim(min(ends) - 0.22 * room, max(ends) + 0.22 * room)
         axes.set_ylim(-len(adapters) + 0.5, 0.75)
         axes.set_yticks([])
-        axes.set_xlabel("difference to the base, nats per token")
+        axes.set_xlabel(f"difference to {words.against}, nats per {words.unit}")
         axes.xaxis.set_major_locator(MaxNLocator(5, steps=EVEN_STEPS))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _difference(value) if value else "0 = base"))
+        axes.xaxis.set_major_formatter(
+            FuncFormatter(lambda value, _: _difference(value) if value else f"0 = {words.reference}")
+        )
         axes.set_title("← better", loc="left", color=colour("tuned"), fontsize=12)
         axes.set_title("worse →", loc="right", color=colour("worse"), fontsize=12)
 
     height = 84 + 48 * len(adapters)
-    title = f"Difference to the base with its {100 * evaluation.confidence:g} % interval"
+    title = f"Difference to {words.against} with its {100 * evaluation.confidence:g} % interval"
     return Plot(picture("interval", title, draw, (WIDE[0], height), (NARROW[0], height)))
 
 
@@ -206,7 +216,7 @@ def _draw_interval(axes: Any, row: int, adapter: AdapterLoss, evaluation: Evalua
     _label(axes, text, (delta.mean, row), (0, 10), "center", weight="bold")
 
 
-def documents_plot(paired: Paired) -> Plot:
+def documents_plot(paired: Paired, words: Words = USUAL) -> Plot:
     """Every document's difference, the greatest gain first: how many, and how much, at one look."""
     bars = min(paired.documents, MOST_POINTS)
     edges = [bar * paired.documents / bars for bar in range(bars + 1)]
@@ -224,7 +234,9 @@ def documents_plot(paired: Paired) -> Plot:
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(6, steps=EVEN_STEPS))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _difference(value)))
-        axes.set_title("nats per token, tuned − base", loc="left", color=colour("muted"), fontsize=12)
+        axes.set_title(
+            f"nats per {words.unit}, tuned − {words.reference}", loc="left", color=colour("muted"), fontsize=12
+        )
 
     keys = [
         Key("area", "tuned", f"{paired.better:,} better ({percent(paired.better, paired.documents)})"),
@@ -236,12 +248,12 @@ def documents_plot(paired: Paired) -> Plot:
         ""
         if paired.documents < FEWEST_FOR_QUANTILES
         else (
-            f"The median document changes by {signed(paired.quantile(0.5))} nats/token; nine in ten lie between "
+            f"The median document changes by {signed(paired.quantile(0.5))} {words.nats}; nine in ten lie between "
             f"{signed(paired.quantile(0.05))} and {signed(paired.quantile(0.95))}; the extremes are "
             f"{signed(paired.differences[0])} and {signed(paired.differences[-1])}."
         )
     )
-    title = f"Difference to the base of each of {counted(paired.documents, 'document')}: {keys[0].label}"
+    title = f"Difference to {words.against} of each of {counted(paired.documents, 'document')}: {keys[0].label}"
     return Plot(picture("documents", title, draw, WIDE, NARROW), tuple(keys), note)
 
 

@@ -6,7 +6,8 @@ metrics.jsonl     Step, Validation, Event           no curves
 evaluation.json   Evaluation                        no verdict
 samples.json      Sample                            no samples
 
-Losses are nats per supervised token unless a field says otherwise; a difference is adapter − base: negative is better.
+Losses are nats per judged item (a token, a document) unless a field says otherwise; a difference is adapter − base:
+negative is better.
 """
 
 from __future__ import annotations
@@ -124,6 +125,15 @@ class Start:
 
 
 @dataclass(frozen=True)
+class Class:
+    """One of those that are told apart; `count`: documents learnt from."""
+
+    name: str
+    label: int | str
+    count: NonNegativeInt | None = None
+
+
+@dataclass(frozen=True)
 class Record:
     """rankwise.json.  An adapter saved outside a run has no facts: everything from `versions` on may be absent."""
 
@@ -134,6 +144,8 @@ class Record:
     parameters: NonNegativeInt
     sites: dict[str, Site]
     modules: tuple[str, ...] = ()
+    task: str = "causal-lm"
+    classes: tuple[Class, ...] = ()
     tokens: dict[str, tuple[NonNegativeInt, ...]] = field(default_factory=dict)
     new_tokens: dict[str, NonNegativeInt] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -186,8 +198,31 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class Share:
+    """A share of documents with its 95 % interval."""
+
+    value: FiniteFloat
+    low: FiniteFloat
+    high: FiniteFloat
+
+
+@dataclass(frozen=True)
+class ShareDelta:
+    """Adapter − base, positive is better, and the chance of such a difference where both are alike."""
+
+    mean: FiniteFloat
+    low: FiniteFloat
+    high: FiniteFloat
+    mcnemar_p: Annotated[float, Field(ge=0, le=1)]
+
+
+@dataclass(frozen=True)
 class BaseLoss:
+    """Of the base, or of what stands in its place; accuracy and macro-F1 where there are classes."""
+
     loss: FiniteFloat
+    accuracy: Share | None = None
+    macro_f1: FiniteFloat | None = None
 
 
 @dataclass(frozen=True)
@@ -202,6 +237,9 @@ class AdapterLoss:
     name: AdapterName
     loss: FiniteFloat
     delta: Delta
+    accuracy: Share | None = None
+    macro_f1: FiniteFloat | None = None
+    accuracy_delta: ShareDelta | None = None
 
 
 @dataclass(frozen=True)
@@ -223,6 +261,8 @@ class Evaluation:
     adapters: Annotated[tuple[AdapterLoss, ...], Field(min_length=1)]
     confidence: Annotated[float, Field(gt=0, lt=1)]
     per_document: PerDocument | None = None
+    reference: str = "base"
+    classes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

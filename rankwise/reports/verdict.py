@@ -8,6 +8,7 @@ from typing import Literal
 from rankwise.reports.numbers import count, counted, decimal, decimals_for, percent, perplexity, signed
 from rankwise.reports.paired import pair
 from rankwise.reports.run import AdapterLoss, Evaluation, Run
+from rankwise.reports.words import Words, accuracy
 
 Kind = Literal["better", "worse", "unclear", "unmeasured"]
 
@@ -37,7 +38,7 @@ def judge(run: Run) -> Verdict:
         return _unmeasured(run)
     adapter = run.evaluation.adapters[0]
     kind = judge_adapter(run.evaluation, adapter)
-    sentence = _failure(run) + _sentence(run.evaluation, adapter, kind)
+    sentence = _failure(run) + _sentence(run.evaluation, adapter, kind, Words.of(run))
     return Verdict(kind, sentence, tuple(_caveats(run, run.evaluation)))
 
 
@@ -64,29 +65,38 @@ def stop(stopped: str) -> str:
     return STOPS.get(stopped, f"stopped: {stopped}")
 
 
-def _sentence(evaluation: Evaluation, adapter: AdapterLoss, kind: Kind) -> str:
+def _sentence(evaluation: Evaluation, adapter: AdapterLoss, kind: Kind, words: Words) -> str:
     delta, places = adapter.delta, decimals_for((adapter.delta.high - adapter.delta.low) / 2)
     tuned = "tuned" if len(evaluation.adapters) == 1 else f"tuned ({adapter.name})"
     confidence = f"{100 * evaluation.confidence:g} %"
     documents = counted(evaluation.documents, "unseen document")
-    ends = f"perplexity {perplexity(evaluation.base.loss)} → {perplexity(adapter.loss)}"
+    ends = _ends(evaluation, adapter, words)
     if evaluation.documents < FEWEST_DOCUMENTS:
         return (
-            f"Too few documents to tell: {tuned} and base differ by {signed(delta.mean, places)} nats/token on "
-            f"{documents}, {ends}."
+            f"Too few documents to tell: {tuned} and {words.reference} differ by "
+            f"{signed(delta.mean, places)} {words.nats} on {documents}, {ends}."
         )
     if paired := pair(evaluation.per_document, adapter.name):
         ends += f"; better on {percent(paired.better, paired.documents)} of them"
     if kind == "unclear":
         return (
-            f"No measurable difference between {tuned} and base on {documents}: the {confidence} interval of the "
-            f"difference, {signed(delta.low, places)} … {signed(delta.high, places)} nats/token, includes zero; {ends}."
+            f"No measurable difference between {tuned} and {words.reference} on {documents}: the {confidence} interval "
+            f"of the difference, {signed(delta.low, places)} … {signed(delta.high, places)} {words.nats}, includes "
+            f"zero; {ends}."
         )
     small, large = sorted((abs(delta.low), abs(delta.high)))
     return (
-        f"T{tuned[1:]} is {kind} than the base by {decimal(abs(delta.mean), places)} nats/token ({confidence} interval "
+        f"T{tuned[1:]} is {kind} than {words.against} by {decimal(abs(delta.mean), places)} {words.nats} ({confidence} "
+        f"interval "
         f"{decimal(small, places)} … {decimal(large, places)}) on {documents}, {ends}."
     )
+
+
+def _ends(evaluation: Evaluation, adapter: AdapterLoss, words: Words) -> str:
+    """What the loss comes to, in a measure that says more."""
+    if not words.classes:
+        return f"perplexity {perplexity(evaluation.base.loss)} → {perplexity(adapter.loss)}"
+    return f"accuracy {accuracy(evaluation.base, interval=False)} → {accuracy(adapter)}"
 
 
 def _caveats(run: Run, evaluation: Evaluation) -> list[str]:

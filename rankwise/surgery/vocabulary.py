@@ -205,7 +205,7 @@ class Vocabulary:
 def declare_untied(model: nn.Module) -> None:
     """Has a model's config say so where its embedding and its head share their weight no more."""
     config: Any = getattr(model, "config", None)
-    if not isinstance(model, PreTrainedModel) or not config.tie_word_embeddings:
+    if not isinstance(model, PreTrainedModel) or not getattr(config, "tie_word_embeddings", False):
         return
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is not None and head.weight is not embedding.weight:

@@ -111,6 +111,25 @@ def byte_level(
     return _wrapped(_byte_level().to_str(), template, bos, pad, eos)
 
 
+def framed() -> PreTrainedTokenizerFast:
+    """For encoders: `<s>` text `</s>`, or `<s>` a `</s>` b `</s>` told apart as BERT does; it has a mask."""
+    tokenizer = byte_level()
+    core = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    core.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token="</s>",
+        cls_token="<s>",
+        sep_token="</s>",
+        pad_token="<|endoftext|>",
+        mask_token="<unk>",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+
+
 def metaspace(template: str | None = None, bos: bool = True) -> PreTrainedTokenizerFast:
     """BPE that puts `▁` for spaces and one before the text, as in Llama 2."""
     return _wrapped(_metaspace().to_str(), template, bos, "</s>", "</s>")

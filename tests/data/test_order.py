@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankwise.data.order import Order, micro_batches
+from rankwise.data.order import Order, cut, micro_batches, padded_batches
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=60).map(np.array)
 
@@ -48,3 +48,26 @@ def test_micro_batches_share_out_a_step(lengths, micro_tokens):
 def test_micro_batches_are_even():
     totals = [10 * len(micro) for micro in micro_batches(np.arange(9), np.full(9, 10), 80)]
     assert sorted(totals) == [40, 50]
+
+
+@given(LENGTHS, st.integers(1, 120))
+def test_padded_rows_fit_too_and_have_the_longest_first(lengths, micro_tokens):
+    documents = np.arange(len(lengths))[::2]
+    pieces = padded_batches(documents, lengths, micro_tokens)
+    assert sorted(np.concatenate(pieces)) == sorted(documents)
+    assert all(len(piece) == 1 or len(piece) * lengths[piece].max() <= micro_tokens for piece in pieces)
+    inline = lengths[np.concatenate(pieces)]
+    assert np.array_equal(inline, -np.sort(-inline))
+
+
+def test_rows_of_one_length_go_together_and_short_ones_apart_from_long_ones():
+    assert len(padded_batches(np.arange(20), np.full(20, 10), 200)) == 1
+    lengths = np.array([50] * 8 + [5] * 40)
+    pieces = padded_batches(np.arange(48), lengths, 2000)
+    assert [sorted(set(lengths[piece].tolist())) for piece in pieces] == [[50], [5]]
+
+
+def test_a_step_is_cut_as_its_layout_needs_it():
+    documents, lengths = np.arange(4), np.array([10, 1, 1, 1])
+    assert [len(piece) for piece in cut(documents, lengths, 13, padded=False)] == [4]
+    assert [len(piece) for piece in cut(documents, lengths, 13, padded=True)] == [1, 3]

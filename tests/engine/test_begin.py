@@ -15,7 +15,7 @@ from rankwise.engine.loop import train
 from rankwise.engine.run import Loop, Run, Start
 from rankwise.errors import BankError, DataError, RankwiseWarning, RunFolderError, SpecError, TargetError, TrainingError
 from rankwise.surgery.bank import Bank
-from tests.corpora import random_corpus
+from tests.corpora import random_corpus, random_masked
 from tests.grid import DATA_STARTS, RESIDUAL_FORMS, RESIDUAL_STARTS, STARTS, spec, state_of
 from tests.models import ARCHITECTURES, VOCAB, tiny
 
@@ -296,3 +296,11 @@ class Some(nn.Module):
         y = torch.zeros_like(x)
         y[mine] = self.expert(x[mine])
         return y
+
+
+@pytest.mark.parametrize("init", DATA_STARTS)
+def test_documents_of_another_task_are_not_looked_at(init):
+    with Bank(tiny("llama")) as bank:
+        with pytest.raises(SpecError, match="for another task"):
+            begin(bank, "a", spec("lora", init=init), random_masked([9, 7]))
+        assert bank.names == ()

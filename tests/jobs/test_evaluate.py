@@ -30,7 +30,7 @@ def found(world, adapter, run):
 
 
 def test_the_result_has_exactly_the_promised_shape(found):
-    assert list(found) == ["documents", "tokens", "base", "adapters", "truncated", "dropped", "unused"]
+    assert list(found) == ["task", "documents", "tokens", "base", "adapters", "truncated", "dropped", "unused"]
     assert list(found["base"]) == ["loss"]
     for one in found["adapters"]:
         assert list(one) == ["name", "loss", "delta"]

@@ -128,8 +128,9 @@ def test_a_folder_that_holds_half_an_adapter_is_refused(adapter, tmp_path):
 
 def test_a_model_of_another_task_is_refused_in_a_sentence(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    assert run_inspection(str(tmp_path))["architecture"] == "ViTModel", "as the config alone has it"
     with pytest.raises(ModelError, match="neither an adapter's folder nor a model that can be read"):
-        run_inspection(str(tmp_path))
+        run_inspection(str(tmp_path), "causal-lm")
 
 
 @pytest.mark.parametrize("config", ['{"model_type": "llama", "hidden_size": "x"}', '{"model_type": []}', "[1]"])

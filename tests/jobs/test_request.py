@@ -59,6 +59,7 @@ EVERYTHING = {
     "storage": "nf4",
     "device": "cpu",
     "track": ("tensorboard", "wandb"),
+    "task": "seq2seq",
 }
 OF_EVA = {"init": "eva", "init_documents": 40, "init_rho": 1.5}  # which form adalora does without
 
@@ -74,7 +75,7 @@ def asked(command: str) -> TrainRequest:
 def test_every_setting_is_an_option_and_every_option_a_setting():
     options = {parameter.name for parameter in TRAIN.params} - {"config", "json"}
     assert options == set(TrainRequest.model_fields)
-    assert {*EVERYTHING, *OF_EVA} == options - {"scenario", "continue_from", "resume"}
+    assert {*EVERYTHING, *OF_EVA} == options - {"scenario", "continue_from", "resume", "batch_documents"}
 
 
 @pytest.mark.parametrize("settings", [EVERYTHING, LEAST | OF_EVA], ids=["everything", "eva"])
@@ -94,6 +95,35 @@ def test_the_command_of_further_training_and_of_a_scenario():
     assert asked(further.command()) == further
     quick = TrainRequest(**LEAST, scenario="quick", rank=2)
     assert asked(quick.command()) == quick
+
+
+TASKS = ("causal-lm", "masked-lm", "seq2seq", "sequence-classification", "image-classification")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_task_brings_its_own_defaults_with_their_reasons_and_they_are_no_part_of_the_command(task):
+    request = TrainRequest(**LEAST, task=task)
+    assert request.command() == f"rankwise train --model m --data d.jsonl --out o --task {task}"
+    assert asked(request.command()) == request
+    reasons = {row["name"]: row["reason"] for row in request.table()}
+    usual = TrainRequest(**LEAST)
+    own = {name for name in TrainRequest.model_fields if getattr(request, name) != getattr(usual, name)} - {"task"}
+    assert bool(own) == (task != "causal-lm")
+    assert all(reasons[name].startswith(f"{task}: ") for name in own)
+    assert reasons["task"] == "asked for"
+
+
+def test_what_is_asked_for_stands_over_the_defaults_of_a_task():
+    request = TrainRequest(**LEAST, task="sequence-classification", lr=1e-3, batch_tokens=2000)
+    assert (request.lr, request.batch_tokens, request.batch_documents) == (1e-3, 2000, None)
+    own, usual = TrainRequest(**LEAST, task="sequence-classification"), TrainRequest(**LEAST)
+    assert request.epochs == own.epochs != usual.epochs
+    assert {row["name"]: row["reason"] for row in request.table()}["lr"] == "asked for"
+
+
+def test_a_step_is_counted_in_one_way():
+    with pytest.raises(SpecError, match="not in both"):
+        TrainRequest(**LEAST, batch_tokens=100, batch_documents=8)
 
 
 def test_resume_and_what_is_switched_off_are_no_part_of_the_command():
@@ -167,6 +197,7 @@ dtype: bfloat16
 storage: nf4
 device: cpu
 track: [tensorboard, wandb]
+task: seq2seq
 """
     assert TrainRequest(**config(tmp_path, text)) == TrainRequest(**EVERYTHING)
     text = "init: eva\ninit_documents: 40\ninit-rho: 1.5\n"
@@ -329,3 +360,9 @@ def test_an_adapter_that_is_trained_further_is_taken_as_it_is():
         assert table[name] == {"name": name, "value": None, "reason": "as in the adapter that is trained further"}
     with pytest.raises(SpecError, match="leave out dropout, rank"):
         TrainRequest(**LEAST, continue_from="first", rank=4, dropout=0.1)
+
+
+@pytest.mark.parametrize("init", ["eva", "lora_ga"])
+def test_a_start_out_of_documents_is_for_causal_language_models(init):
+    with pytest.raises(SpecError, match=f"init {init} looks at documents as task causal-lm reads them"):
+        TrainRequest(**LEAST, init=init, task="masked-lm")

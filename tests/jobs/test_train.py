@@ -18,6 +18,7 @@ from rankwise.frozen.load import load_base
 from rankwise.jobs.documents import read_documents
 from rankwise.jobs.evaluate import run_evaluation
 from rankwise.jobs.inspect import run_inspection
+from rankwise.jobs.reader import TextReader
 from rankwise.jobs.train import run_training
 from rankwise.jobs.watch import Quiet
 from rankwise.surgery.bank import Bank
@@ -140,7 +141,8 @@ def test_tensorboard_gets_every_step(run):
 
 def documents(world, data, **settings):
     asked = request(world / "llama", data, world / "nowhere", **settings)
-    return read_documents(asked, Template(AutoTokenizer.from_pretrained(world / "llama")), Quiet())
+    template = Template(AutoTokenizer.from_pretrained(world / "llama"))
+    return read_documents(asked, TextReader(template, asked.max_length, asked.overlong), Quiet())
 
 
 def test_without_a_validation_file_some_documents_are_held_back_and_copies_stay_together(world, tmp_path):

@@ -67,6 +67,7 @@ def write_adapter(folder: Path, model: Path, size: float = 0.3, **spec: Any) -> 
 
 def request(model: Path, data: Path, out: Path, **settings: Any) -> TrainRequest:
     given = {"model": model, "data": data, "out": out, **SHORT, **settings}
+    given = {name: value for name, value in given.items() if value is not None}
     return TrainRequest(**{name: str(value) if isinstance(value, Path) else value for name, value in given.items()})
 
 

@@ -13,22 +13,29 @@ from torch import Tensor
 from rankwise.kernels.attention import Spans, attend
 from rankwise.kernels.library import native
 
-LENGTHS = [(33,), (1,), (1, 1, 1), (17, 1, 40, 2), (15, 16, 17)]
+LENGTHS = [(33,), (1,), (1, 1, 1), (17, 1, 40, 2), (15, 16, 17), (130, 49)]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 1e-2}
 
 
 def written_out(
-    q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float, window: int = 0, softcap: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spans: Spans,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    causal: bool = True,
 ) -> Tensor:
     """The definition, token by token: what it may see, its scores, the cap, the weighted sum."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     rows = []
     for start, stop in pairwise(spans.bounds):
         for t in range(start, stop):
-            first = max(start, t + 1 - window) if window else start
-            scores = torch.einsum("hd,khd->hk", q[t], k[first : t + 1]) * scale
+            first, end = max(start, t + 1 - window) if window else start, t + 1 if causal else stop
+            scores = torch.einsum("hd,khd->hk", q[t], k[first:end]) * scale
             scores = softcap * torch.tanh(scores / softcap) if softcap else scores
-            rows.append(torch.einsum("hk,khd->hd", scores.softmax(-1), v[first : t + 1]))
+            rows.append(torch.einsum("hk,khd->hd", scores.softmax(-1), v[first:end]))
     return torch.stack(rows)
 
 
@@ -63,7 +70,16 @@ def check(low: list[Tensor], spans: Spans, dtype: torch.dtype, **form) -> None:
         assert float((got - expected).norm()) <= TOLERANCE[dtype] * size, name
 
 
-FORMS = [{"softcap": 5.0}, {"softcap": 2.0, "window": 4}, {"window": 1}, {"window": 7}, {"window": 1000}, {}]
+FORMS = [
+    {"softcap": 5.0},
+    {"softcap": 2.0, "window": 4},
+    {"window": 1},
+    {"window": 7},
+    {"window": 1000},
+    {},
+    {"causal": False},
+    {"causal": False, "softcap": 5.0},
+]
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -146,7 +162,7 @@ def test_the_inputs_are_left_alone():
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
 @pytest.mark.parametrize("which", [0, 1, 2], ids=["q", "k", "v"])
-@pytest.mark.parametrize("form", [{}, {"window": 4}, {"softcap": 5.0}], ids=str)
+@pytest.mark.parametrize("form", [{}, {"window": 4}, {"softcap": 5.0}, {"causal": False}], ids=str)
 @pytest.mark.parametrize("lengths", [(5, 7, 3), (20, 40, 18)], ids=str)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_what_is_not_a_number_comes_through_and_stays_in_its_document(bad, which, form, lengths, dtype):

@@ -133,6 +133,36 @@ def evaluation(
     }
 
 
+def classified(documents: int = 214, reference: str = "class frequencies", **changes: Any) -> dict[str, Any]:
+    """The same for classes: one loss a document, and how often the right one was said."""
+    plain = evaluation(documents)
+    tokens = [1] * documents
+    base = [
+        nats / count for nats, count in zip(plain["per_document"]["base"], plain["per_document"]["tokens"], strict=True)
+    ]
+    tuned = [nats - 0.4 for nats in base]
+    share = {"value": 0.905, "low": 0.858, "high": 0.938}
+    adapter = {
+        "name": "tuned",
+        "loss": sum(tuned) / documents,
+        "delta": {"mean": -0.4, "low": -0.45, "high": -0.36},
+        "accuracy": share,
+        "macro_f1": 0.871,
+        "accuracy_delta": {"mean": 0.4, "low": 0.33, "high": 0.47, "mcnemar_p": 1.5e-12},
+    }
+    before = {"value": 0.505, "low": 0.438, "high": 0.571}
+    return {
+        "documents": documents,
+        "tokens": documents,
+        "reference": reference,
+        "classes": ["bad", HOSTILE],
+        "base": {"loss": sum(base) / documents, "accuracy": before, "macro_f1": 0.336},
+        "adapters": [adapter],
+        "per_document": {"tokens": tokens, "base": base, "adapters": {"tuned": tuned}},
+        "confidence": 0.95,
+    } | changes
+
+
 SAMPLES = [
     {
         "prompt": "Say in one sentence what this function does.\n\n"

@@ -1,0 +1,28 @@
+"""Settings that are other by task, each with its reason; those of causal language models stand in `request.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_TEXT_LENGTH = (512, "what encoders are made for; a model that takes less cuts at its own limit")
+_FEW_LABELS = (32, "a label teaches little, so steps are counted in documents, whatever their length")
+
+BY_TASK: dict[str, dict[str, tuple[Any, str]]] = {
+    "causal-lm": {},
+    "masked-lm": {"max_length": _TEXT_LENGTH},
+    "seq2seq": {
+        "max_length": (512, "of a source and of a target each; longer ones are cut, and counted"),
+        "lr": (5e-4, "the upper end of the guides' range: encoder–decoders were trained at high rates"),
+    },
+    "sequence-classification": {
+        "max_length": _TEXT_LENGTH,
+        "batch_documents": _FEW_LABELS,
+        "epochs": (3.0, "a document teaches one label only; the best of three passes is kept"),
+        "lr": (5e-4, "the upper end of the guides' range: a fresh head has far to go"),
+    },
+    "image-classification": {
+        "batch_documents": (32, "a label teaches little, so steps are counted in pictures"),
+        "epochs": (3.0, "a picture teaches one label only; the best of three passes is kept"),
+        "lr": (5e-4, "the upper end of the guides' range: a fresh head has far to go"),
+    },
+}
