@@ -2,9 +2,9 @@
 
     python benchmarks/plan_check.py --model DIR
 
-DIR holds a small Llama-like model (SmolLM2-135M-Instruct).  Ten configurations, each in a process of its own: the peak
-that was predicted against the highest resident size up to the end of two steps.  The tiny models are made on the spot,
-with DIR's tokenizer.  Prints one JSON object; the goals are 10 % and 1 s.
+DIR holds a small Llama-like model (SmolLM2-135M-Instruct).  Thirteen configurations, each in a process of its own: the
+peak that was predicted against the highest resident size up to the end of two steps.  The tiny models are made on the
+spot, with DIR's tokenizer.  Prints one JSON object; the goals are 10 % and 1 s.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ CONFIGURATIONS: dict[str, tuple[str, list[str]]] = {
     ),
     "bfloat16, checkpointing": ("given", ["--dtype", "bfloat16", "--checkpointing", *SHORT]),
     "bfloat16, 40 % supervised": ("given", ["--dtype", "bfloat16", "--supervised", "0.4", "--document-tokens", "512"]),
+    "bfloat16, dora": ("given", ["--dtype", "bfloat16", "--method", "dora", *SHORT]),
+    "bfloat16, adalora": ("given", ["--dtype", "bfloat16", "--method", "adalora", *SHORT]),
+    "bfloat16, qlora": ("given", ["--dtype", "bfloat16", "--method", "qlora", *SHORT]),
     "float32, 512 tokens": ("given", ["--dtype", "float32", "--batch-tokens", "512", *SHORT]),
     "float32, checkpointing": (
         "given",

@@ -31,6 +31,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from rankwise.kernels.heap import without_thread_cache
+
 DOCUMENTS_A_STEP = 8
 LR, RANK, ALPHA = 2e-4, 16, 32
 SIDES = ("usual", "best", "rankwise", "products")
@@ -159,11 +161,11 @@ def run_products(folder: Path, model_path: str) -> dict[str, Any]:
     from rankwise.data.order import Order, micro_batches
     from rankwise.data.stream import lay
     from rankwise.engine.head import chunk_rows
-    from rankwise.kernels.library import reclaim_memory_lazily
+    from rankwise.kernels.heap import keep_freed_memory
     from rankwise.planning.limits import MICRO_TOKENS
     from rankwise.surgery.sites import find_sites
 
-    reclaim_memory_lazily()
+    keep_freed_memory()
     corpus = documents_of(folder, "train")
     model = transformers.AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16).requires_grad_(False)
     sites = [s for s in find_sites(model).values() if s.role in TARGET_ROLES["all-linear"]]
@@ -250,7 +252,11 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
                 out.mkdir()
                 command = [sys.executable, __file__, "--model", arguments.model, "--side", side]
                 done = subprocess.run(
-                    [*command, "--folder", str(folder), "--out", str(out)], capture_output=True, text=True, check=False
+                    [*command, "--folder", str(folder), "--out", str(out)],
+                    capture_output=True,
+                    text=True,
+                    check=False,
+                    env=without_thread_cache(os.environ),
                 )
                 if done.returncode:
                     raise SystemExit(f"{side} failed:\n{done.stderr[-3000:]}")

@@ -10,7 +10,7 @@ import typer
 from rankwise.cli.console import print_json
 from rankwise.cli.options import Json, Model
 
-_PARTS = ("weights", "adapters", "gradients", "optimiser", "activations", "working", "gaps", "process")
+_PARTS = ("weights", "adapters", "gradients", "optimiser", "activations", "working", "process")
 
 
 def _option(help_text: str, **settings: Any) -> Any:

@@ -29,7 +29,7 @@ from rankwise.engine.tasks.causal import CausalLM
 from rankwise.engine.tasks.task import Documents, Layout, Task, Way
 from rankwise.errors import ModelError, RankwiseWarning
 from rankwise.kernels.attention import Spans
-from rankwise.kernels.library import reclaim_memory_lazily
+from rankwise.kernels.heap import keep_freed_memory
 from rankwise.surgery.bank import Bank
 from rankwise.surgery.layer import AdaptedLayer, Stand
 from rankwise.surgery.routing import Route, Router
@@ -78,7 +78,7 @@ class Forward:
         self._held = ExitStack()
 
     def __enter__(self) -> Forward:
-        reclaim_memory_lazily()
+        keep_freed_memory()
         with ExitStack() as held:
             self._take_hold(held)
             self._held = held.pop_all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from rankwise.errors import ModelError, RankwiseError, SpecError, TrainingError
 from rankwise.frozen.load import Base, load_base
 from rankwise.jobs.machine import peak_memory_bytes
 from rankwise.jobs.request import TrainRequest
+from rankwise.kernels.heap import without_thread_cache
 from rankwise.kernels.library import native
 from rankwise.planning.config import describe
 from rankwise.planning.limits import MICRO_TOKENS
@@ -60,14 +62,11 @@ def measured(model: Path, settings: dict[str, Any]) -> dict[str, int]:
         raise ModelError(f"{model}: --measure takes a model in a local folder", hint="leave out --measure to plan only")
     if machine_for(request).dtype == "float16":
         raise SpecError("models in float16 are not trained here", hint="take bfloat16 or float32")
-    if request.form not in get_args(Form) or request.held_as != "dense":
-        raise SpecError(
-            f"--measure trains adapters on a dense base, not {request.method} on {request.held_as}",
-            hint="leave out --measure to plan only",
-        )
+    if request.form not in get_args(Form):
+        raise SpecError(f"--measure trains adapters, not {request.method}", hint="leave out --measure to plan only")
     job = json.dumps({"model": str(model), "settings": request.model_dump(mode="json", exclude_unset=True)})
     command = [sys.executable, "-m", "rankwise.jobs.plan", job]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=without_thread_cache(os.environ))
     if done.returncode:
         said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise TrainingError(f"the measured steps failed: {said}", hint="leave out --measure, or use fewer tokens")
@@ -79,7 +78,7 @@ def _measure(model: str, settings: dict[str, Any]) -> dict[str, int]:
     request = PlanRequest(**settings)
     machine = machine_for(request)
     _warm_up(getattr(torch, machine.dtype), machine.device)
-    base = load_base(model, dtype=machine.dtype, device=machine.device)
+    base = load_base(model, dtype=machine.dtype, device=machine.device, storage=request.held_as)
     described = describe(model)
     shapes = shapes_of(described.config, described.headers, described.name)
     process = resident_without(_parameter_bytes(base.model))

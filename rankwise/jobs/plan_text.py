@@ -78,7 +78,7 @@ def _memory(memory: Memory) -> str:
     parts = {
         "weights": memory.weights,
         "adapter, gradients and optimiser": trained,
-        "activations": memory.activations + memory.working + memory.gaps,
+        "activations": memory.activations + memory.working,
         "the process": memory.process,
     }
     named = ", ".join(f"{name} {shown(size)}" for name, size in parts.items() if size)

@@ -132,17 +132,3 @@ def native() -> ctypes.CDLL | None:
 def serves(*tensors: torch.Tensor) -> bool:
     """Whether the compiled kernels take these tensors: bfloat16 in main memory."""
     return all(x.dtype == torch.bfloat16 and x.device.type == "cpu" for x in tensors) and native() is not None
-
-
-def reclaim_memory_lazily() -> bool:
-    """Tells glibc to keep freed memory for the next allocation; True where there was a glibc to tell.
-
-    By default it returns every large block to the kernel and faults it in again, page by page, a microsecond each:
-    30-40 % of a training step, measured.  The limit for blocks of their own is the largest that glibc takes, 32 MiB.
-    """
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return False
-    trim_threshold, mmap_threshold = -1, -3  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-    return bool(mallopt(trim_threshold, 2**31 - 1)) and bool(mallopt(mmap_threshold, 32 * 2**20))

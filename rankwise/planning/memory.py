@@ -9,17 +9,15 @@ from rankwise.adapters.selection import Place, choose
 from rankwise.adapters.spec import LoraSpec
 from rankwise.errors import SpecError, TargetError
 from rankwise.planning.block import Block, blocks_of
-from rankwise.planning.heap import Tape, most_alive, most_resident
 from rankwise.planning.held import held_of, sites_of
 from rankwise.planning.limits import CHUNK_BYTES, LEAST_CHUNK, MICRO_TOKENS
 from rankwise.planning.passes import Manner, Pass
 from rankwise.planning.process import ASSUMED
 from rankwise.planning.request import Machine, PlanRequest
 from rankwise.planning.shapes import Shapes, Tensor
+from rankwise.planning.tape import Tape, most_alive
 
 _CHOOSING = ("rank", "targets", "exclude", "layers", "rank_pattern")  # what of a request says which layers
-_STEPS = 2  # the second is the first that has both gradients and moments
-_MICRO_BATCHES = 2  # of a step that are played through: later ones find the heap as the second left it
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,6 @@ class Memory:
         gradients, optimiser: of what is trained, float32.
         activations: what autograd keeps at the end of the forward pass.
         working: the largest passing need on top: the chunk of logits, or gradients of the widest block.
-        gaps: free room inside the heap of a C library that gives nothing back; 0 on a GPU.
         process: Python, torch and what they loaded; 0 on a GPU.
         loss_chunk: the logits that exist at once (part of `working`, or less than it).
         loading: the peak while weights are read.
@@ -44,7 +41,6 @@ class Memory:
     optimiser: int
     activations: int
     working: int
-    gaps: int
     process: int
     loss_chunk: int
     loading: int
@@ -52,7 +48,7 @@ class Memory:
     @property
     def step(self) -> int:
         held = self.weights + self.adapters + self.gradients + self.optimiser
-        return held + self.activations + self.working + self.gaps + self.process
+        return held + self.activations + self.working + self.process
 
     @property
     def peak(self) -> int:
@@ -93,7 +89,7 @@ def memory_of(shapes: Shapes, request: PlanRequest, machine: Machine, process: i
     ranks = {} if request.form == "full" else ranks_of(shapes, request)
     held = held_of(shapes, ranks, request.form, request.held_as, machine.width)
     manner, blocks = _manner(shapes, request, machine), blocks_of(shapes, ranks)
-    kept, most, resident = _played(blocks, manner, request, machine.device == "cpu", full=request.form == "full")
+    kept, most = _played(blocks, manner)
     own = process if process is not None else ASSUMED
     own = own if machine.device == "cpu" else 0
     stays = 0 if request.form == "full" else _factor_bytes(shapes, ranks)  # gradients and moments are on the tape
@@ -104,7 +100,6 @@ def memory_of(shapes: Shapes, request: PlanRequest, machine: Machine, process: i
         optimiser=held.optimiser,
         activations=kept,
         working=max(0, most - kept - 3 * stays),
-        gaps=resident - most,
         process=own,
         loss_chunk=min(manner.chunk, manner.supervised) * manner.classes * machine.width,
         loading=_loading(shapes, held.weights, machine, own),
@@ -141,38 +136,17 @@ def _manner(shapes: Shapes, request: PlanRequest, machine: Machine) -> Manner:
     )
 
 
-def _played(
-    blocks: list[Block], manner: Manner, request: PlanRequest, heap: bool, *, full: bool
-) -> tuple[int, int, int]:
-    """Kept at the end of the forward pass; most alive; most resident, which without a heap is the same."""
-    tape, kept = Tape(), 0
-    if not heap:  # nothing is left behind by the first step but gradients and moments
-        if not full:
-            _stay(tape, blocks, gradients=True)
-            _stay(tape, blocks)
-        begun = Pass(tape, blocks, manner, first=False)
-        begun.run()
-        most = most_alive(tape.events)
-        return begun.kept, most, most
-    batches = min(_MICRO_BATCHES, -(-request.batch_tokens // manner.tokens))
-    for step in range(_STEPS):
-        for number in range(batches):
-            begun = Pass(tape, blocks, manner, first=not full and step == 0 and number == 0)
-            begun.run()
-            kept = begun.kept
-        if step == 0 and not full:
-            _stay(tape, blocks)
-    most = most_alive(tape.events)
-    return kept, most, most_resident(tape.events)
-
-
-def _stay(tape: Tape, blocks: list[Block], *, gradients: bool = False) -> None:
-    """The optimiser's two moments of every factor, or its gradient."""
+def _played(blocks: list[Block], manner: Manner) -> tuple[int, int]:
+    """Kept at the end of the forward pass, and most alive, in a micro-batch after the first step."""
+    tape = Tape()
     for block in blocks:
         for linear in (*block.into, *block.out, *block.up, *block.down):
             for side in (linear.inputs, linear.outputs) if linear.rank else ():
-                for _ in range(1 if gradients else 2):
+                for _ in range(3):  # the gradient, and the optimiser's two moments
                     tape.new(4 * linear.rank * side)
+    played = Pass(tape, blocks, manner)
+    played.run()
+    return played.kept, most_alive(tape.events)
 
 
 def _loading(shapes: Shapes, weights: int, machine: Machine, process: int) -> int:

@@ -13,10 +13,11 @@ from typing import Literal
 
 from rankwise.kernels.sizes import LANES
 from rankwise.planning.block import Block, Linear
-from rankwise.planning.heap import Tape
+from rankwise.planning.tape import Tape
 
 Form = Literal["lora", "dora", "adalora", "full"]
 
+_LAID_OUT = 8 * 2**20  # kernels/lowrank.c
 _RANDOM_STATE = 5056  # bytes of torch.get_rng_state(), which a checkpointed block keeps beside its input
 
 
@@ -24,7 +25,7 @@ _RANDOM_STATE = 5056  # bytes of torch.get_rng_state(), which a checkpointed blo
 class Manner:
     """How tokens go through: `width` is bytes of a number, `chunk` rows of logits at once, `classes` the words.
 
-    `quantised`: weights are made whole for each product.  `supervised`: tokens whose loss counts.
+    `quantised`: weights are in codes, and the plain product makes each whole.  `supervised`: tokens whose loss counts.
     """
 
     tokens: int
@@ -42,10 +43,10 @@ class Manner:
 
 
 class Pass:
-    """One micro-batch on a tape; `first` where gradients are made that stay."""
+    """One micro-batch on a tape, after a first step: gradients of what is trained are there."""
 
-    def __init__(self, tape: Tape, blocks: Sequence[Block], manner: Manner, *, first: bool) -> None:
-        self.tape, self.blocks, self.manner, self.first = tape, blocks, manner, first
+    def __init__(self, tape: Tape, blocks: Sequence[Block], manner: Manner) -> None:
+        self.tape, self.blocks, self.manner = tape, blocks, manner
         self.unit = manner.tokens * manner.width
         self.kept = 0  # bytes at the end of the forward pass
 
@@ -166,7 +167,9 @@ class Pass:
         pulled = [self._pulled(linear) for linear in block.out] or [tape.new(unit * block.q)]
         tape.drop(*out)
         turned = [tape.new(unit * width) for width in (block.q, block.kv, block.kv)]
-        if not self.manner.compiled:  # the gradient of a slice is as large as the whole
+        if self.manner.compiled:  # float32 sums of the gradients of keys and values, a head of queries each
+            tape.drop(*(tape.new(4 * self.manner.tokens * block.q) for _ in range(2)))
+        else:  # the gradient of a slice is as large as the whole
             whole = [tape.new(unit * width) for width in (block.q, block.kv, block.kv)]
             tape.drop(*turned)
             turned = whole
@@ -215,12 +218,22 @@ class Pass:
         else:
             self.tape.drop(x)
 
+    @property
+    def _whole(self) -> bool:
+        """Whether a weight is made whole for its product: the compiled one decodes it panel by panel."""
+        return self.manner.quantised and not self.manner.compiled
+
+    def _laid_out(self, linear: Linear) -> list[int]:
+        """What of a weight the compiled product has laid out anew at once."""
+        size = linear.size * self.manner.width
+        return [self.tape.new(min(size, _LAID_OUT))] if self.manner.compiled and self.manner.form != "full" else []
+
     def _linear(self, linear: Linear) -> tuple[int, list[int]]:
         """The output, and what is kept beside the input."""
         tape, manner, rank = self.tape, self.manner, linear.rank
-        whole = [tape.new(linear.size * manner.width)] if manner.quantised else []
+        whole = [tape.new(linear.size * manner.width)] if self._whole else []
         y = tape.new(self.unit * linear.outputs)
-        tape.drop(*whole)
+        tape.drop(*whole, *self._laid_out(linear))
         if not rank:
             return y, []
         kept = [tape.new(manner.tokens * linear.inputs)] if manner.dropout else []
@@ -236,9 +249,9 @@ class Pass:
     def _pulled(self, linear: Linear) -> int:
         """The gradient of the input; those of A and B, or of the weight, are made on the way."""
         tape, manner, rank = self.tape, self.manner, linear.rank
-        whole = [tape.new(linear.size * manner.width)] if manner.quantised else []
+        whole = [tape.new(linear.size * manner.width)] if self._whole else []
         dx = tape.new(self.unit * linear.inputs)
-        tape.drop(*whole)
+        tape.drop(*whole, *self._laid_out(linear))
         if manner.form == "full":
             tape.drop(tape.new(linear.size * 4))
         if not rank:
@@ -247,9 +260,7 @@ class Pass:
         for side in (linear.inputs, linear.outputs):
             rounded = tape.new(rank * side * manner.width)
             gradient = tape.new(rank * side * 4)
-            tape.drop(rounded)
-            if not self.first:
-                tape.drop(gradient)
+            tape.drop(rounded, gradient)
         tape.drop(shrunk)
         return dx
 

@@ -1,14 +1,13 @@
 """The compiled kernels are one way of two: found where they can run, taken only for what they can read."""
 
 import ctypes
-import platform
 from importlib.util import find_spec
 
 import pytest
 import torch
 
 from rankwise.kernels import library
-from rankwise.kernels.library import Heads, native, reclaim_memory_lazily, serves
+from rankwise.kernels.library import Heads, native, serves
 
 
 def test_they_are_used_on_every_processor_that_can_run_them_and_that_has_them_built():
@@ -60,12 +59,6 @@ def test_every_function_is_there_with_its_types():
             assert function.restype is result
             assert function.argtypes == arguments
     assert {"attention_forward", "norm_backward", "cross_entropy"} <= library._FUNCTIONS.keys()
-
-
-def test_telling_glibc_to_keep_memory_is_harmless_twice_and_where_there_is_none():
-    first = reclaim_memory_lazily()
-    assert reclaim_memory_lazily() == first
-    assert first == (platform.libc_ver()[0] == "glibc")
 
 
 def test_mapped_files_are_found_whatever_their_path_looks_like():

@@ -213,7 +213,7 @@ def test_the_best_that_fits_gives_up_what_costs_least(seven):
 
 def test_the_public_name(seven):
     found = rankwise.plan(seven, method="qlora", device="cuda")
-    parts = ("weights", "adapters", "gradients", "optimiser", "activations", "working", "gaps", "process")
+    parts = ("weights", "adapters", "gradients", "optimiser", "activations", "working", "process")
     assert found["memory"]["peak"] == sum(found["memory"][part] for part in parts)
     assert [one["name"] for one in found["methods"]][:3] == ["full, float32", "full, 16 bit", "LoRA"]
     assert found["with_checkpointing"] < found["without_checkpointing"]
