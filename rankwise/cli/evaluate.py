@@ -15,7 +15,10 @@ def evaluate(
     model: Model,
     data: Data,
     adapter: Annotated[
-        list[Path], typer.Option("--adapter", metavar="DIR", help="An adapter's folder; may be repeated.")
+        list[Path],
+        typer.Option(
+            "--adapter", metavar="DIR", help="An adapter's folder, or a model's of train --form full; may be repeated."
+        ),
     ],
     task: Annotated[str | None, typer.Option(help="What for [as in training].", show_default=False)] = None,
     max_length: Annotated[
@@ -33,7 +36,7 @@ def evaluate(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Compare adapters with their base on the same documents.
+    """Compare adapters, and models trained whole, with their base on the same documents.
 
     Differences are paired by document and have 95 % intervals.
 

@@ -100,8 +100,6 @@ def _assumptions(shapes: Shapes, request: PlanRequest, machine: Machine) -> list
         notes.append("on a CPU, checkpointed steps and tiny models took up to half more than this (docs/planning.md)")
     if not shapes.family.packed:
         notes.append("this family goes in padded rows: count the padding as tokens")
-    if request.form == "full":
-        notes.append("full fine-tuning is counted by rule; rankwise trains adapters and single modules whole")
     untrained = [name for name in (request.form, request.held_as) if name in ("adalora", "int8", "nf4")]
     notes += [f"{name} is counted by rule; `rankwise train` does not have it yet" for name in untrained]
     if any(tensor.kind == "experts" for tensor in shapes.tensors):
