@@ -36,9 +36,9 @@ def evaluate(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Compare adapters, and models trained whole, with their base on the same documents.
+    """Compare adapters with their base on the same documents.
 
-    Differences are paired by document and have 95 % intervals.
+    Models of train --form full are compared beside them.  Differences are paired by document and have 95 % intervals.
 
     Example:
       rankwise evaluate --model ./SmolLM2-135M-Instruct --data test.jsonl --adapter runs/a --adapter runs/b

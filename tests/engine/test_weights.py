@@ -212,6 +212,17 @@ def test_weights_that_a_model_holds_fixed_stay_so():
     assert not torch.equal(model.lm_head.weight, head)
 
 
+def test_a_weight_that_no_gradient_reaches_stays_as_it_is_and_is_named():
+    model, told = tiny("llama"), []
+    model.model.unused = torch.nn.Parameter(torch.ones(3))
+    learnt(model, observe=told.append)
+    events = [event for event in told if event["kind"] == "event"]
+    assert [(event["what"], event["weights"]) for event in events] == [
+        ("weights that no gradient reaches", ["model.unused"])
+    ]
+    assert torch.equal(model.model.unused, torch.ones(3))
+
+
 def test_what_cannot_be_is_refused():
     model = tiny("llama")
     with Bank(model) as bank:
