@@ -282,7 +282,7 @@ class _Training:
         """A site that is never called would be saved as it began, and the run would look like a success."""
         unreached = [f"{name}: {path}" for name in names for path in self.trainees[name].unreached]
         if unreached and WHOLE in names:  # nobody has named them: what no pass uses stays as it is
-            told = {"step": self.done, "adapter": WHOLE, "weights": unreached[:20]}
+            told = {"step": self.done, "adapter": WHOLE, "weights": self.trainees[WHOLE].unreached[:20]}
             self.tell({"kind": "event", "what": "weights that no gradient reaches", **told})
         elif unreached:
             raise TrainingError(
