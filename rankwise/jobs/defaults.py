@@ -33,9 +33,13 @@ _LR = 2e-4  # of an adapter, where its task has none of its own
 
 
 def by_itself(task: str, form: str) -> dict[str, tuple[Any, str]]:
-    """Settings that are other by task, or where all weights are trained, each with its reason."""
-    own = BY_TASK.get(task, {})
+    """Settings that are other by task, or where all weights are trained, each with its reason and whose that is."""
+    own = {name: (value, f"{task}: {reason}") for name, (value, reason) in BY_TASK.get(task, {}).items()}
     if form != WHOLE:
         return own
     lr, _ = own.get("lr", (_LR, ""))
-    return own | {"lr": (lr / 10, "a tenth of an adapter's: LoRA wants ten times full fine-tuning's rate (the guides)")}
+    tenth = f"{form}: a tenth of an adapter's: LoRA wants ten times full fine-tuning's rate (the guides' rule)"
+    return own | {
+        "lr": (lr / 10, tenth),
+        "weight_decay": (0.0, f"{form}: it pulls towards 0, and not to where the weights began"),
+    }

@@ -253,22 +253,20 @@ class TrainRequest(Settings):
         return self.alpha if self.alpha is not None else 2 * self.rank
 
     def table(self) -> list[dict[str, Any]]:
-        """Every setting with its reason, for people: `name`, `value`, `reason`."""
-        return [self._row(name) for name in type(self).model_fields]
+        """Every setting that is read, with its reason, for people: `name`, `value`, `reason`."""
+        left_out = _OF_ADAPTERS_ALONE if self.whole else ()
+        return [self._row(name) for name in type(self).model_fields if name not in left_out]
 
     def _row(self, name: str) -> dict[str, Any]:
         value = self._alpha if name == "alpha" else getattr(self, name)
         scenario = SCENARIOS[self.scenario] if self.scenario and name in _OF_SCENARIO else None
         reason = "asked for" if name in self.model_fields_set else type(self).model_fields[name].description
-        if self.whole and name in _OF_ADAPTERS_ALONE:
-            value, reason = None, "of adapters: form full has none"
-        elif self.continue_from is not None and name in _OF_ADAPTER:
+        if self.continue_from is not None and name in _OF_ADAPTER:
             value, reason = None, "as in the adapter that is trained further"
         elif scenario is not None and value == getattr(scenario, name):
             reason = f"{self.scenario}: {scenario.reason}"
         elif self._is_of_task(name):
-            own = by_itself(self.task, self.form)[name][1]
-            reason = f"full: {own}" if self.whole and name == "lr" else f"{self.task}: {own}"
+            reason = by_itself(self.task, self.form)[name][1]
         return {"name": name, "value": _plain(value), "reason": reason}
 
     def _is_of_task(self, name: str) -> bool:
