@@ -32,7 +32,7 @@ LR = 3e-3
 def whole(world):
     """A run of all weights of llama; its folder, what it returned and what it told."""
     told = Listener()
-    asked = request(world / "llama", world / "train.jsonl", world / "whole", form="full", lr=LR)
+    asked = request(world / "llama", world / "train.jsonl", world / "all-weights", form="full", lr=LR)
     return {"out": asked.out, "summary": run_training(asked, told), "told": told}
 
 
@@ -128,7 +128,7 @@ def test_beside_an_adapter_it_has_the_losses_that_it_has_as_a_model(world, whole
     itself = run_evaluation(str(whole["out"]), [still], data, Quiet(), **fine)
     other = run_evaluation(str(world / "llama"), [whole["out"], adapter], data, Quiet(), **fine)
     first, second = found["adapters"]
-    assert (first["name"], second["name"]) == ("adapter", "whole")
+    assert (first["name"], second["name"]) == ("adapter", "all-weights")
     assert first == alone["adapters"][0]
     assert found["base"] == alone["base"]
     assert second["loss"] == itself["base"]["loss"]
