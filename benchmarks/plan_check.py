@@ -2,7 +2,7 @@
 
     python benchmarks/plan_check.py --model DIR
 
-DIR holds a small Llama-like model (SmolLM2-135M-Instruct).  Thirteen configurations, each in a process of its own: the
+DIR holds a small Llama-like model (SmolLM2-135M-Instruct).  Fifteen configurations, each in a process of its own: the
 peak that was predicted against the highest resident size up to the end of two steps.  The tiny models are made on the
 spot, with DIR's tokenizer.  Prints one JSON object; the goals are 10 % and 1 s.
 """
@@ -35,6 +35,11 @@ CONFIGURATIONS: dict[str, tuple[str, list[str]]] = {
     "bfloat16, dora": ("given", ["--dtype", "bfloat16", "--method", "dora", *SHORT]),
     "bfloat16, adalora": ("given", ["--dtype", "bfloat16", "--method", "adalora", *SHORT]),
     "bfloat16, qlora": ("given", ["--dtype", "bfloat16", "--method", "qlora", *SHORT]),
+    "bfloat16, full": ("given", ["--dtype", "bfloat16", "--method", "full", *SHORT]),
+    "float32, full, 512 tokens": (
+        "given",
+        ["--dtype", "float32", "--method", "full", "--batch-tokens", "512", *SHORT],
+    ),
     "float32, 512 tokens": ("given", ["--dtype", "float32", "--batch-tokens", "512", *SHORT]),
     "float32, checkpointing": (
         "given",

@@ -15,7 +15,10 @@ def evaluate(
     model: Model,
     data: Data,
     adapter: Annotated[
-        list[Path], typer.Option("--adapter", metavar="DIR", help="An adapter's folder; may be repeated.")
+        list[Path],
+        typer.Option(
+            "--adapter", metavar="DIR", help="An adapter's folder, or a model's of train --form full; may be repeated."
+        ),
     ],
     task: Annotated[str | None, typer.Option(help="What for [as in training].", show_default=False)] = None,
     max_length: Annotated[
@@ -35,7 +38,7 @@ def evaluate(
 ) -> None:
     """Compare adapters with their base on the same documents.
 
-    Differences are paired by document and have 95 % intervals.
+    Models of train --form full are compared beside them.  Differences are paired by document and have 95 % intervals.
 
     Example:
       rankwise evaluate --model ./SmolLM2-135M-Instruct --data test.jsonl --adapter runs/a --adapter runs/b

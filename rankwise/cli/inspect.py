@@ -58,6 +58,9 @@ def _show_adapter(found: dict[str, Any]) -> None:
 
 def _show_model(found: dict[str, Any]) -> None:
     print(f"{found['path']}: {found['architecture']}, {found['parameters']:,} parameters")
+    if "trained" in found:
+        base = found["trained"]["base"]
+        print(f"all weights trained, from {base['name']} (fingerprint {base['fingerprint'][:12]}…)")
     for name, preset in found["presets"].items():
         print(
             f"{name:11} {preset['sites']:4d} layers, {preset['parameters_per_rank']:9,} parameters per rank: "

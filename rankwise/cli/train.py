@@ -15,7 +15,7 @@ from rankwise.texts import plain
 
 
 def train(**given: Any) -> None:
-    """Train an adapter.
+    """Train an adapter, or all weights (--form full).
 
     Ends with a comparison against the base on unseen documents, and a report.
 
@@ -23,6 +23,7 @@ def train(**given: Any) -> None:
       rankwise train --model ./SmolLM2-135M-Instruct --data chats.jsonl --out runs/chats
       rankwise train --task sequence-classification --model ./bert --data sst2.jsonl --out runs/sst2
       rankwise train --config run.yaml --rank 8 --out runs/rank-8
+      rankwise train --form full --model ./SmolLM2-135M-Instruct --data chats.jsonl --out runs/full
       rankwise train --config run.yaml --out runs/chats --resume
     """
     config, quiet = given.pop("config"), given.pop("json")

@@ -41,7 +41,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("targets", str, "minimal, attention, mlp, all-linear, names with commas, or re:PATTERN [all-linear]."),
     Setting("exclude", str, "Layers left out of these; said alike [none]."),
     Setting("layers", str, "Blocks by number, such as 0-11,20 or 16- [all]."),
-    Setting("form", str, "lora, dora or adalora [lora]."),
+    Setting("form", str, "lora, dora, adalora, or full: all weights [lora]."),
     Setting("scaling", str, "alpha/r, alpha/sqrt(r) or alpha [alpha/r]."),
     Setting("dropout", float, "Dropout of the adapter's input [0]."),
     Setting("init", str, "kaiming, gaussian, pissa, olora, loftq, eva or lora_ga [kaiming]."),
@@ -54,7 +54,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("modules_to_save", str, "Modules trained whole, with commas."),
     Setting("add_tokens", str, "New tokens with rows of their own, with commas."),
     # learning
-    Setting("lr", float, "Peak learning rate [2e-4; 5e-4 for some tasks]."),
+    Setting("lr", float, "Peak learning rate [2e-4; 5e-4 for some tasks; of form full a tenth]."),
     Setting("lr_ratio", float, "LoRA+: B learns at so many times --lr [1]."),
     Setting("schedule", str, "linear, cosine or constant [linear]."),
     Setting("warmup", float, "Share of the steps in which it rises [0.03]."),

@@ -13,6 +13,7 @@ from rankwise.engine.classified import Classified
 from rankwise.engine.forward import Forward
 from rankwise.engine.paired import Difference, paired_difference
 from rankwise.engine.tasks.choose import task_for
+from rankwise.engine.weights import at_rest
 from rankwise.errors import DataError
 from rankwise.surgery.bank import Bank
 
@@ -150,12 +151,44 @@ def evaluate(
         DataError: fewer than two documents, or frequencies of other classes.
         ModelError: not a model for such examples.
     """
+    asked: list[str | None] = [*names] if frequencies else [None, *names]
+    found = measured(bank, asked, examples, micro_tokens=micro_tokens, progress=progress)
+    return compared(names, examples, *found, frequencies)
+
+
+def measured(
+    bank: Bank,
+    names: Sequence[str | None],
+    examples: Examples,
+    *,
+    micro_tokens: int = 2048,
+    progress: Progress | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `measured_documents`, with a hold on the model for as long as that takes."""
+    with at_rest(bank.model), Forward(bank, task_for(examples)) as forward:
+        return measured_documents(forward, examples, names, micro_tokens, progress)
+
+
+def compared(
+    names: Sequence[str],
+    examples: Examples,
+    losses: np.ndarray,
+    predicted: np.ndarray,
+    frequencies: Sequence[int] = (),
+) -> Evaluation:
+    """What was measured, paired with its first row, or with the frequencies where there are some.
+
+    Args:
+        names: of the other rows; of all of them beside frequencies.
+        examples, frequencies: as in `evaluate`.
+        losses, predicted: as `measured_documents` gives them, of whatever models.
+
+    Raises:
+        DataError: fewer than two documents, or frequencies of other classes.
+    """
     labels, classes = getattr(examples, "labels", None), getattr(examples, "classes", ())
     if frequencies and len(frequencies) != len(classes):
         raise DataError(f"{len(frequencies)} frequencies for {len(classes)} classes", hint="give one for each class")
-    asked: list[str | None] = [*names] if frequencies else [None, *names]
-    with Forward(bank, task_for(examples)) as forward:
-        losses, predicted = measured_documents(forward, examples, asked, micro_tokens, progress)
     if frequencies:
         shares = (np.asarray(frequencies) + 1) / (np.sum(frequencies) + len(frequencies))  # none is impossible
         losses = np.vstack([-np.log(shares)[labels], losses])

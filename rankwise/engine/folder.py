@@ -17,7 +17,8 @@ from filelock import FileLock, Timeout
 from rankwise.errors import RunFolderError
 
 METRICS, CHECKPOINTS, LOCK = "metrics.jsonl", "checkpoints", ".lock"
-_ADAPTER, _LAST = "adapter_config.json", "README.md"  # the model card is written when all else is there
+_LEARNT = ("adapter_config.json", "config.json")  # of an adapter, or of a model that was trained whole
+_LAST = "README.md"  # the model card is written when all else is there
 
 
 class RunFolder:
@@ -38,12 +39,16 @@ class RunFolder:
 
     @property
     def begun(self) -> bool:
-        return self.metrics_size() > 0 or self.checkpoints.exists() or (self.path / _ADAPTER).exists()
+        return self.metrics_size() > 0 or self.checkpoints.exists() or self._has_learnt
 
     @property
     def saved(self) -> bool:
         """Whether there is anything, whole or not, that a run has learnt."""
-        return any(self.checkpoints.glob("step-*")) or (self.path / _ADAPTER).exists()
+        return any(self.checkpoints.glob("step-*")) or self._has_learnt
+
+    @property
+    def _has_learnt(self) -> bool:
+        return any((self.path / name).exists() for name in _LEARNT)
 
     def write_event(self, event: dict[str, Any]) -> str | None:
         """Appends one line to the metrics; a full disk loses the line, not the run, and its reason is given back.

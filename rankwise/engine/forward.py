@@ -201,7 +201,7 @@ class Forward:
     ) -> tuple[Tensor, Tensor]:
         head, shaping = self._outlet.head, self._outlet.shaping
         with_words = isinstance(head, TokenHead)
-        if head is not None and not with_words and not any(name in self._trainers(head) for name, _ in runs):
+        if head is not None and not with_words and not self._learns(head, runs):
             return frozen_head_loss(features, getattr(head, "base", head), shaping, targets, weights)
         total, losses = features.new_zeros((), dtype=torch.float32), []
         for items, name in _judged_runs(batch, runs):
@@ -233,9 +233,12 @@ class Forward:
         return features.shape[-1] if self._outlet.head is None else self._outlet.head.weight.shape[0]
 
     @staticmethod
-    def _trainers(head: nn.Module) -> set[str]:
-        """Adapters that change the head."""
-        return {key.replace(":", ".") for key in head.adapters} if isinstance(head, Stand) else set()
+    def _learns(head: nn.Module, runs: Runs) -> bool:
+        """Whether an adapter of these changes the head, or it is trained itself with the rest of the base."""
+        if not isinstance(head, Stand):
+            return any(parameter.requires_grad for parameter in head.parameters())
+        trainers = {key.replace(":", ".") for key in head.adapters}
+        return any(name in trainers for name, _ in runs)
 
     # ── proof ────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,9 @@ from rankwise.engine.run import Loop, Run
 from rankwise.engine.state import Checkpoint, check_same, newest_checkpoint, save_checkpoint
 from rankwise.engine.tasks.choose import task_for
 from rankwise.engine.trainee import Trainee, check_can_learn
+from rankwise.engine.weights import check_trained_alone, label
 from rankwise.errors import DataError, RunFolderError, SpecError, TrainingError, listing
+from rankwise.formats.record import WHOLE
 from rankwise.planning.limits import MICRO_TOKENS
 from rankwise.surgery.bank import Bank
 
@@ -60,7 +63,7 @@ class Outcome:
 
 def train(
     bank: Bank,
-    runs: Mapping[str, Run],
+    runs: Mapping[Any, Run],
     data: Examples,
     *,
     valid: Examples | None = None,
@@ -68,12 +71,14 @@ def train(
     out: RunFolder | None = None,
     resume: bool = False,
     observe: Observer | None = None,
-) -> dict[str, Outcome]:
-    """Trains adapters of a bank; they end at their best validation loss, or at the last step without validation.
+) -> dict[Any, Outcome]:
+    """Trains adapters of a bank, or its base.
+
+    What was trained ends at its best validation loss, or without validation at the last step.
 
     Args:
         bank: holds every adapter that `runs` names.
-        runs: adapter → how it learns.
+        runs: adapter → how it learns; None alone trains the base itself, all its weights, in a bank without adapters.
         data, valid: documents to learn from and to judge by; what they are decides what the model is trained for.
         loop: shared settings.
         out: a held run folder for metrics and checkpoints (`held_folder`); None keeps nothing on disk.
@@ -83,7 +88,7 @@ def train(
     Raises:
         DataError: no documents.
         RunFolderError: there is nothing to resume, or it is another run.
-        SpecError: `runs` is empty, or the model is in float16.
+        SpecError: `runs` is empty, the model is in float16, or its base cannot be trained itself.
         TrainingError: every adapter failed (diverged, or five steps in a row were not finite) before there was
             anything to keep, or parameters were never reached by a gradient.
         Interrupted: SIGINT or SIGTERM; what was learnt has been saved to `out`.
@@ -93,8 +98,10 @@ def train(
     if not runs:
         raise SpecError("no adapter to train: `runs` is empty", hint="name each adapter with its Run")
     check_can_learn(bank)
+    if None in runs:
+        check_trained_alone(bank, list(runs), runs[None])
     training = _Training(bank, runs, data, valid, loop or Loop(), out, observe)
-    with training.forward, Interrupt() as interrupt:
+    with closing(training), training.forward, Interrupt() as interrupt:
         if resume:
             training.restore()
         training.go(interrupt)
@@ -104,14 +111,14 @@ def train(
             f"training failed:\n{listing(f'{name}: {outcome.status}' for name, outcome in outcomes.items())}",
             hint="lower the learning rate (a third is a good next try), or look at the rows named in the metrics",
         )
-    return outcomes
+    return {training.routed[name]: outcome for name, outcome in outcomes.items()}
 
 
 class _Training:
     def __init__(
         self,
         bank: Bank,
-        runs: Mapping[str, Run],
+        runs: Mapping[str | None, Run],
         data: Examples,
         valid: Examples | None,
         loop: Loop,
@@ -128,10 +135,16 @@ class _Training:
         self.micro_tokens = max(1, (loop.micro_tokens or MICRO_TOKENS.get(device, 8192)) // len(runs))
         self.evaluate_every = loop.evaluate_every or max(1, round(self.steps / _EVALUATIONS))
         self.save_every = loop.save_every or self.evaluate_every
-        self.trainees = {name: Trainee(bank, name, run, self.steps) for name, run in runs.items()}
-        self.status = dict.fromkeys(runs, "learning")
+        self.base = bank.base_fingerprint  # before a step changes it
+        self.routed = {label(name): name for name in runs}
+        self.trainees = {label(name): Trainee(bank, name, run, self.steps) for name, run in runs.items()}
+        self.status = dict.fromkeys(self.trainees, "learning")
         self.done = self.begun = 0  # steps; those made before this process
         self.judged = -1  # the step that was last judged
+
+    def close(self) -> None:
+        for trainee in self.trainees.values():
+            trainee.close()
 
     # ── the course of a run ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -218,7 +231,7 @@ class _Training:
         for number, micro in enumerate(cut(documents, self.lengths, self.micro_tokens, padded=padded)):
             interrupt.check()
             laid = np.tile(micro, len(names))
-            runs = [(name, len(micro)) for name in names]
+            runs = [(self.routed[name], len(micro)) for name in names]
             tick = (self.done << 20) + number
             found = self.forward.learn(data, laid, runs, np.full(len(laid), weight), tick)
             own = [place[int(document)] for document in micro]
@@ -234,7 +247,8 @@ class _Training:
         names = self.active
         if self.valid is None or not names:
             return
-        losses = document_losses(self.forward, self.valid, names, self.micro_tokens, lambda done, of: interrupt.check())
+        asked = [self.routed[name] for name in names]
+        losses = document_losses(self.forward, self.valid, asked, self.micro_tokens, lambda done, of: interrupt.check())
         tokens = self.valid.supervised_counts().sum()
         for name, row in zip(names, losses, strict=True):
             loss, trainee = float(row.sum() / tokens), self.trainees[name]
@@ -267,7 +281,10 @@ class _Training:
     def check_reached(self, names: list[str]) -> None:
         """A site that is never called would be saved as it began, and the run would look like a success."""
         unreached = [f"{name}: {path}" for name in names for path in self.trainees[name].unreached]
-        if unreached:
+        if unreached and WHOLE in names:  # nobody has named them: what no pass uses stays as it is
+            told = {"step": self.done, "adapter": WHOLE, "weights": self.trainees[WHOLE].unreached[:20]}
+            self.tell({"kind": "event", "what": "weights that no gradient reaches", **told})
+        elif unreached:
             raise TrainingError(
                 f"{len(unreached)} parameters train nothing, no gradient has reached them:\n{listing(unreached)}",
                 hint="leave their modules out of the adapter's targets",
@@ -339,7 +356,7 @@ class _Training:
     def identity(self) -> dict[str, Any]:
         """What must be the same for a resumed run to be the same run."""
         return {
-            "base": self.bank.base_fingerprint,
+            "base": self.base,
             "number format": str(self.bank.model.dtype),
             "training documents": self.data.digest,
             "validation documents": self.valid.digest if self.valid is not None else None,
@@ -347,14 +364,7 @@ class _Training:
             "micro_tokens": self.micro_tokens,
             "steps": self.steps,
             "loop": self.loop.model_dump(mode="json"),
-            "adapters": {
-                name: {
-                    "spec": self.bank.adapter(name).spec.model_dump(mode="json"),
-                    "start": self.bank.adapter(name).start_digest(),
-                    "run": trainee.run.model_dump(mode="json"),
-                }
-                for name, trainee in self.trainees.items()
-            },
+            "adapters": {name: trainee.identity() for name, trainee in self.trainees.items()},
         }
 
     def has_result(self, name: str) -> bool:

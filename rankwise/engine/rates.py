@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from rankwise.engine.run import Run
@@ -43,3 +44,8 @@ def rates(bank: Bank, name: str, run: Run) -> list[Rate]:
         decay = 0.0 if role in ("m", "token rows") else run.weight_decay / factor
         groups.append(Rate(role, factor, decay, tuple(names)))
     return groups
+
+
+def one_rate(names: Iterable[str], run: Run) -> list[Rate]:
+    """Of the base itself: all its weights learn and decay alike."""
+    return [Rate("whole", 1.0, run.weight_decay, tuple(names))]

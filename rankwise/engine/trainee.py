@@ -1,4 +1,4 @@
-"""One adapter in training: its parameters, its optimiser, its guard.  Nothing is shared between two of them."""
+"""One adapter in training, or the base: its parameters, its optimiser, its guard.  Nothing is shared between two."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.engine.pruning import PARTS, Allocator
-from rankwise.engine.rates import rates
+from rankwise.engine.rates import one_rate, rates
 from rankwise.engine.run import Run
+from rankwise.engine.weights import Weights
 from rankwise.errors import SpecError
+from rankwise.formats.record import WHOLE
 from rankwise.surgery.bank import Bank
 
 _WINDOW = 10  # steps whose mean loss is compared with the first one's
@@ -70,22 +72,26 @@ class Guard:
 
 
 class Trainee:
-    """An adapter of a bank with what it takes to train it.
+    """An adapter of a bank, or its base (None), with what it takes to train it.
 
     Attributes:
-        parameters: by name, as the bank names them.
+        parameters: by name, as the bank names them; of the base the masters, as its model names them.
+        weights: of the base, else None.
         guard: what went wrong so far.
         allocator: of form `adalora`, else None.
-        best: the adapter's tensors where validation was best, and `best_loss`, `best_step`; None before the first.
+        best: the parameters where validation was best, and `best_loss`, `best_step`; None before the first.
     """
 
-    def __init__(self, bank: Bank, name: str, run: Run, steps: int) -> None:
-        self.name, self.run = name, run
-        self.parameters: dict[str, nn.Parameter] = dict(bank.named_parameters(name))
+    def __init__(self, bank: Bank, name: str | None, run: Run, steps: int) -> None:
+        self.bank, self.name, self.run = bank, name, run
+        self.weights = Weights(bank.model) if name is None else None
+        self.parameters: dict[str, nn.Parameter] = (
+            self.weights.masters if self.weights is not None else dict(bank.named_parameters(str(name)))
+        )
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
             parameter.grad = None  # one that stays so was never reached
-        self.rates = rates(bank, name, run)
+        self.rates = one_rate(self.parameters, run) if name is None else rates(bank, name, run)
         self.optimiser = torch.optim.AdamW(
             [{"params": [self.parameters[n] for n in r.names], "weight_decay": r.weight_decay} for r in self.rates],
             lr=run.lr,
@@ -94,8 +100,9 @@ class Trainee:
             fused=True,
         )
         self.guard = Guard()
-        triplets = {path: factors for path, factors in bank.adapter(name).sites.items() if factors.lam is not None}
-        self.allocator = Allocator(name, triplets, run.pruning, steps) if triplets else None
+        sites = {} if name is None else bank.adapter(name).sites
+        triplets = {path: factors for path, factors in sites.items() if factors.lam is not None}
+        self.allocator = Allocator(str(name), triplets, run.pruning, steps) if triplets else None
         self.best: dict[str, Tensor] | None = None
         self.best_loss, self.best_step = float("inf"), 0
         self.stale = 0
@@ -115,6 +122,7 @@ class Trainee:
             for group, own in zip(self.optimiser.param_groups, self.rates, strict=True):
                 group["lr"] = lr * own.factor
             self.optimiser.step()
+            self._settle()
         self.forget()
         return float(norm) if finite else None
 
@@ -180,8 +188,27 @@ class Trainee:
     def restore_best(self) -> None:
         for name, tensor in (self.best or {}).items():
             self.parameters[name].copy_(tensor)
+        self._settle()
+
+    def _settle(self) -> None:
+        if self.weights is not None:
+            self.weights.settle()
+
+    def close(self) -> None:
+        """Of the base: its weights are a model's again, and another's than the bank knew."""
+        if self.weights is not None:
+            self.weights.close()
+            self.bank.renew()
 
     # ── state ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a resumed run to be the same run."""
+        run = self.run.model_dump(mode="json")
+        if self.name is None:
+            return {"spec": {"form": WHOLE}, "run": run}
+        adapter = self.bank.adapter(self.name)
+        return {"spec": adapter.spec.model_dump(mode="json"), "start": adapter.start_digest(), "run": run}
 
     def tensors(self) -> dict[str, Tensor]:
         """All that must be kept to go on, beside the numbers of `numbers`."""
@@ -215,6 +242,7 @@ class Trainee:
                 # Laid out as the parameter: torch's fused optimisers go through both in the order of the memory.
                 own = tensor if tensor.dim() == 0 else torch.empty_like(parameter).copy_(tensor)
                 self.optimiser.state[parameter][kind.removeprefix("optimiser.")] = own
+        self._settle()
         for stepped in self.optimiser.state:
             stepped.grad = torch.zeros_like(stepped)  # as after any step: a gradient of 0 is a step, none is not
         if self.allocator is not None:

@@ -11,6 +11,7 @@ from rankwise.errors import AdapterFileError, AdapterMismatchError
 from rankwise.formats.tensors import write_text
 
 RECORD = "rankwise.json"
+WHOLE = "full"  # in the place of an adapter's form
 SCHEMA = 1
 
 
@@ -36,6 +37,29 @@ def describe(adapter: Adapter, base: dict[str, Any], facts: dict[str, Any]) -> d
         "tokens": {path: rows.tokens for path, rows in adapter.tokens.items()},
         **facts,
     }
+
+
+def describe_whole(parameters: int, digest: str, base: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    """The record of a model whose weights were all trained; `digest` is its fingerprint, `base` that it was before."""
+    return {
+        "schema": SCHEMA,
+        "spec": {"form": WHOLE},
+        "base": base,
+        "digest": digest,
+        "parameters": parameters,
+        "sites": {},
+        **facts,
+    }
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a folder holds such a model, as its record says.
+
+    Raises:
+        AdapterFileError: as `read_record`.
+    """
+    spec = (read_record(folder) or {}).get("spec")
+    return isinstance(spec, dict) and spec.get("form") == WHOLE
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from rankwise.frozen.load import load_base
 from rankwise.jobs.evaluate import as_trained, check_task, load_adapter
 from rankwise.jobs.vocabulary import with_tokens_of
 from rankwise.jobs.watch import Watch
+from rankwise.jobs.whole import check_adapters
 from rankwise.surgery.bank import Bank
 from rankwise.tasks import DEFAULT
 
@@ -31,6 +32,7 @@ class Chat:
 
     Raises:
         DataError: the model has no chat template.
+        SpecError: the adapter's folder holds a model that was trained whole.
         RankwiseError: of loading.
     """
 
@@ -46,6 +48,7 @@ class Chat:
         force: bool = False,
     ) -> None:
         adapters = [adapter] if adapter is not None else []
+        check_adapters(adapters, "talk to it as --model, without --adapter")
         for folder in adapters:
             check_task(folder, DEFAULT)  # before a model is loaded for what it is not
         with watch.stage(f"loading {model}"):

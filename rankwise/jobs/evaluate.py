@@ -1,8 +1,9 @@
-"""The base against adapters on a file of documents: what `rankwise evaluate` does."""
+"""The base against adapters, and models that began as it, on a file of documents: what `rankwise evaluate` does."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from os.path import expanduser
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,16 +14,18 @@ from pydantic import Field, TypeAdapter, ValidationError
 from rankwise.data.classes import Classes
 from rankwise.data.examples import Examples
 from rankwise.data.intake import Overlong
+from rankwise.data.prepare import Prepared
 from rankwise.data.template import TrainOn
-from rankwise.engine.evaluate import Evaluation, evaluate
+from rankwise.engine.evaluate import Evaluation, compared, evaluate, measured
 from rankwise.errors import AdapterMismatchError, DataError, SpecError, listing
 from rankwise.formats.peft import stated_task
-from rankwise.formats.record import read_record
+from rankwise.formats.record import WHOLE, is_whole, read_record
 from rankwise.frozen.load import Base
 from rankwise.jobs.defaults import BY_TASK
 from rankwise.jobs.reader import check_sources, load_for, reader_for
 from rankwise.jobs.vocabulary import with_tokens_of
 from rankwise.jobs.watch import Advance, Watch
+from rankwise.jobs.whole import Before, Sitting, mark_of, measured_whole
 from rankwise.kernels.sizes import Storage
 from rankwise.surgery.bank import Bank
 from rankwise.tasks import DEFAULT, TASKS
@@ -42,6 +45,8 @@ def run_evaluation(
     """Losses of the base and of every adapter on the same documents, with paired 95 % intervals.
 
     Args:
+        adapters: their folders, and those of models that were trained whole: these are loaded one after the other, and
+            measured on the same documents as the base reads them.
         reading: `task`, `max_length`, `overlong`, `train_on`, `seed`, `storage`, as `rankwise train` has them; None is
             what all adapters were trained with, and where they differ or do not say, what `rankwise train` does by
             itself.
@@ -60,26 +65,79 @@ def run_evaluation(
     """
     data = [expanduser(source) for source in data]
     adapters = [folder.expanduser() for folder in adapters]
-    names = folder_names(adapters)
+    names = dict(zip(folder_names(adapters), adapters, strict=True))
+    whole = {name: folder for name, folder in names.items() if is_whole(folder)}
+    held = {name: folder for name, folder in names.items() if name not in whole}
     task = trained_task(adapters, reading.pop("task", None))
     asked = as_trained(adapters, reading, task)
     check_sources(task, data)
-    storage = asked.pop("storage")
-    with watch.stage(f"loading {model}"):
-        known = trained_classes(adapters, task)
-        base, classes = load_for(model, task, known, dtype=dtype, device=device, storage=storage)
-    base = with_tokens_of(base, adapters, force=force)
-    reader = reader_for(base, classes, **asked)
-    with watch.stage("reading the documents") as advance:
-        found = reader.read(data, "test", lambda rows, share: advance(share))
-    with Bank(base.model) as bank:
-        for name, folder in zip(names, adapters, strict=True):
-            load_adapter(bank, name, folder, base, reader.digest, force=force)
-        with watch.stage("evaluating") as advance:
-            summary = evaluate_finite(bank, names, found.corpus, advance, frequencies(base, classes)).summary()
+    loading = {"dtype": dtype, "device": device}
+    known = trained_classes(adapters, task)
+    side = _Side(model, task, known, asked, loading, held, force=force)
+    found, sitting, table = side.measured(data, watch, alone=not whole)
+    for name, folder in whole.items():  # the base is let go of by now: there is one model at a time
+        (losses,), (predicted,) = measured_whole(folder, sitting, watch, force=force, **loading)
+        table.rows[name] = losses, predicted
     report = found.report
     rest = {"truncated": report.truncated, "dropped": report.dropped, "unused": report.unused}
-    return {"task": task} | summary | rest
+    return {"task": task} | table.compared(list(names), found.corpus).summary() | rest
+
+
+@dataclass
+class _Table:
+    """Losses and predictions, `[documents]`, of each model by its name, None the base; `shares` as in `frequencies`."""
+
+    rows: dict[str | None, tuple[np.ndarray, np.ndarray]]
+    shares: tuple[int, ...]
+
+    def compared(self, names: Sequence[str], examples: Examples) -> Evaluation:
+        """As `evaluate_finite`."""
+        asked = [self.rows[name] for name in ([*names] if self.shares else [None, *names])]
+        losses, predicted = (np.stack(columns) for columns in zip(*asked, strict=True))
+        with np.errstate(all="ignore"):
+            return finite(compared(names, examples, losses, predicted, self.shares), examples)
+
+
+@dataclass(frozen=True)
+class _Side:
+    """A base and the adapters `held` on it, by name; `asked` as `as_trained` gives it."""
+
+    model: str
+    task: str
+    known: Classes | None
+    asked: dict[str, Any]
+    loading: dict[str, Any]
+    held: dict[str, Path]
+    force: bool
+
+    def measured(self, data: Sequence[str], watch: Watch, *, alone: bool) -> tuple[Prepared, Sitting, _Table]:
+        """Reads the documents and measures on them; the model is gone afterwards.
+
+        `alone`: no models of their own will be judged beside it, whose tokens are the base's.
+        """
+        reading = {name: value for name, value in self.asked.items() if name != "storage"}
+        with watch.stage(f"loading {self.model}"):
+            loading = self.loading | {"storage": self.asked["storage"]}
+            loaded, classes = load_for(self.model, self.task, self.known, **loading)
+        base = with_tokens_of(loaded, list(self.held.values()), force=self.force)
+        if base is not loaded and not alone:
+            raise SpecError(
+                "an adapter has tokens of its own, which a model that was trained whole does not know",
+                hint="evaluate them one by one",
+            )
+        reader = reader_for(base, classes, **reading)
+        with watch.stage("reading the documents") as advance:
+            found = reader.read(data, "test", lambda rows, share: advance(share))
+        shares = frequencies(base, classes)
+        names: list[str | None] = [*self.held] if shares else [None, *self.held]
+        with Bank(base.model) as bank:
+            mark = mark_of(bank, base)
+            for name, folder in self.held.items():
+                load_adapter(bank, name, folder, base, reader.digest, force=self.force)
+            with watch.stage("evaluating") as advance:
+                columns = measured(bank, names, found.corpus, progress=lambda done, of: advance(done / of))
+        rows = dict(zip(names, zip(*columns, strict=True), strict=True))
+        return found, Sitting(self.task, found.corpus, classes, reader.digest, mark), _Table(rows, shares)
 
 
 def frequencies(base: Base, classes: Classes | None) -> tuple[int, ...]:
@@ -99,8 +157,28 @@ def evaluate_finite(
     """
     with np.errstate(all="ignore"):  # what is not finite is told below, by document
         found = evaluate(bank, names, examples, frequencies=shares, progress=lambda done, of: advance(done / of))
+    return finite(found, examples)
+
+
+def after_training(
+    bank: Bank, before: Before, examples: Examples, shares: tuple[int, ...], advance: Advance
+) -> Evaluation:
+    """As `evaluate_finite`, of a base that was itself trained."""
+    found = measured(bank, [None], examples, progress=lambda done, of: advance(done / of))
+    rows: dict[str | None, tuple[np.ndarray, np.ndarray]] = {WHOLE: (found[0][0], found[1][0])}
+    if before.measured is not None:
+        rows[None] = before.measured[0][0], before.measured[1][0]
+    return _Table(rows, shares).compared([WHOLE], examples)
+
+
+def finite(found: Evaluation, examples: Examples) -> Evaluation:
+    """A comparison, if its every number is one.
+
+    Raises:
+        DataError: as `evaluate_finite`.
+    """
     problems = []
-    for name, losses in zip(("base", *names), (found.base, *found.losses), strict=True):
+    for name, losses in zip(("base", *found.names), (found.base, *found.losses), strict=True):
         bad = np.flatnonzero(~np.isfinite(losses))
         problems += [f"{examples.origin(int(i))}: {name}" for i in bad]
     if problems:
@@ -175,7 +253,8 @@ def as_trained(adapters: Sequence[Path], asked: dict[str, Any], task: str = DEFA
     by_itself = _BY_ITSELF | {name: value for name, (value, _) in BY_TASK[task].items() if name in _TRAINED}
     chosen = {}
     for name, kind in _TRAINED.items():
-        values = [table.get(name) for table in tables]
+        # How a base is held says a model nothing that was trained itself.
+        values = [t.get(name) for t in tables if name != "storage" or t.get("form") != WHOLE]
         agreed = values[0] if values and all(value == values[0] for value in values) else None
         try:
             chosen[name] = kind.validate_python(agreed if asked.get(name) is None else asked[name], strict=True)

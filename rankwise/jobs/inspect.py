@@ -10,7 +10,7 @@ from typing import Any
 from rankwise.adapters.presets import TARGET_ROLES
 from rankwise.errors import ModelError
 from rankwise.formats.peft import CONFIG, read_adapter, stated_task
-from rankwise.formats.record import read_record
+from rankwise.formats.record import is_whole, read_record
 from rankwise.frozen.load import read_outline
 from rankwise.surgery.sites import find_sites
 from rankwise.tasks import DEFAULT
@@ -18,6 +18,8 @@ from rankwise.tasks import DEFAULT
 
 def run_inspection(what: str, task: str | None = None) -> dict[str, Any]:
     """Of an adapter: sites with rank, scale and ‖ΔW‖, and the base it expects.  Of a model: its sites by role.
+
+    Of a model that was trained whole also `trained`: which base it was, and how it was trained.
 
     Args:
         what: an adapter's folder, or a model's folder or id.
@@ -28,6 +30,8 @@ def run_inspection(what: str, task: str | None = None) -> dict[str, Any]:
         ModelError: it is neither an adapter's folder nor a model that can be found.
     """
     folder = Path(what).expanduser()
+    if is_whole(folder):
+        return _model(what, task) | {"trained": _trained(folder)}
     return _adapter(folder) if (folder / CONFIG).exists() else _model(what, task)
 
 
@@ -58,6 +62,14 @@ def _adapter(folder: Path) -> dict[str, Any]:
         "tokens": {path: rows.tokens for path, rows in adapter.tokens.items()},
         "sites": sites,
     }
+
+
+def _trained(folder: Path) -> dict[str, Any]:
+    """What the record of a model says that was trained whole."""
+    record = read_record(folder) or {}
+    known = {name: record.get(name) for name in ("base", "digest", "parameters", "training")}
+    classes = [row["name"] for row in record.get("classes", [])]
+    return {"task": record.get("task", DEFAULT), "classes": classes, **known}
 
 
 def _named_base(folder: Path) -> dict[str, Any] | None:

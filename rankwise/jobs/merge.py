@@ -19,6 +19,7 @@ from rankwise.jobs.evaluate import load_adapter, trained_classes, trained_task
 from rankwise.jobs.reader import load_for, reader_for
 from rankwise.jobs.vocabulary import with_tokens_of
 from rankwise.jobs.watch import Watch
+from rankwise.jobs.whole import check_adapters
 from rankwise.surgery.bank import Bank
 from rankwise.tasks import DEFAULT
 
@@ -44,9 +45,11 @@ def run_merge(model: str, adapter: Path, out: Path, watch: Watch, *, force: bool
 
     Raises:
         MergeError: the written model differs by more than rounding explains; it is not left behind.
+        SpecError: the adapter's folder holds a model that was trained whole.
         RunFolderError: `out` exists and is not an empty folder, or cannot be written.
         RankwiseError: of loading.
     """
+    check_adapters([adapter], "use it as it is: it has nothing to merge")
     task = trained_task([adapter])
     with _beside(out.expanduser().resolve()) as place:
         with watch.stage(f"loading {model}"):

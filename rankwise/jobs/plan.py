@@ -7,20 +7,21 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rankwise.adapters.presets import TARGET_ROLES
-from rankwise.adapters.spec import Form, LoraSpec
+from rankwise.adapters.spec import LoraSpec
 from rankwise.data.corpus import Corpus
 from rankwise.data.examples import Examples
 from rankwise.data.order import Order, micro_batches
 from rankwise.engine.loop import train
 from rankwise.engine.run import Loop, Run
 from rankwise.errors import ModelError, RankwiseError, SpecError, TrainingError
+from rankwise.formats.record import WHOLE
 from rankwise.frozen.load import Base, load_base
 from rankwise.jobs.machine import peak_memory_bytes
 from rankwise.jobs.request import TrainRequest
@@ -54,7 +55,7 @@ def measured(model: Path, settings: dict[str, Any]) -> dict[str, int]:
 
     Raises:
         ModelError: the model is not in a local folder.
-        SpecError: a method that training here does not have.
+        SpecError: a model in float16.
         TrainingError: the steps failed; says the last thing they said.
     """
     request = PlanRequest(**settings)
@@ -62,8 +63,6 @@ def measured(model: Path, settings: dict[str, Any]) -> dict[str, int]:
         raise ModelError(f"{model}: --measure takes a model in a local folder", hint="leave out --measure to plan only")
     if machine_for(request).dtype == "float16":
         raise SpecError("models in float16 are not trained here", hint="take bfloat16 or float32")
-    if request.form not in get_args(Form):
-        raise SpecError(f"--measure trains adapters, not {request.method}", hint="leave out --measure to plan only")
     job = json.dumps({"model": str(model), "settings": request.model_dump(mode="json", exclude_unset=True)})
     command = [sys.executable, "-m", "rankwise.jobs.plan", job]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=without_thread_cache(os.environ))
@@ -82,7 +81,7 @@ def _measure(model: str, settings: dict[str, Any]) -> dict[str, int]:
     described = describe(model)
     shapes = shapes_of(described.config, described.headers, described.name)
     process = resident_without(_parameter_bytes(base.model))
-    spec = LoraSpec(**{name: getattr(request, name) for name in _OF_SPEC})
+    name = None if request.form == WHOLE else _NAME
     loop = Loop(
         max_steps=_STEPS,
         batch_tokens=request.batch_tokens,
@@ -90,8 +89,9 @@ def _measure(model: str, settings: dict[str, Any]) -> dict[str, int]:
         checkpointing=request.checkpointing,
     )
     with Bank(base.model) as bank:
-        bank.add(_NAME, spec)
-        train(bank, {_NAME: Run()}, _random(request, base.model.config.get_text_config().vocab_size), loop=loop)
+        if name is not None:
+            bank.add(name, LoraSpec(**{setting: getattr(request, setting) for setting in _OF_SPEC}))
+        train(bank, {name: Run()}, _random(request, base.model.config.get_text_config().vocab_size), loop=loop)
     peak = torch.cuda.max_memory_allocated() if machine.device == "cuda" else peak_memory_bytes()
     return {"peak": peak, "process": process, "predicted": memory_of(shapes, request, machine, process).peak}
 
@@ -147,20 +147,13 @@ def _as_plan(request: TrainRequest, base: Base, bank: Bank, examples: Examples) 
     largest = max(pieces, key=lambda piece: int(lengths[piece].sum()))
     tokens = int(lengths[largest].sum())
     compiled = base.device.type == "cpu" and base.precision.dtype == torch.bfloat16 and native() is not None
-    spec = bank.adapter(bank.names[0]).spec
     machine: dict[str, Any] = {
         "dtype": str(base.precision.dtype).removeprefix("torch."),
         "device": base.device.type,
         "kernels": "compiled" if compiled else "plain",
     }
     return PlanRequest(
-        method=spec.form,
-        rank=spec.rank,
-        targets=_written(spec.targets),
-        exclude=_written(spec.exclude),
-        layers=spec.layers,
-        rank_pattern=spec.rank_pattern,
-        dropout=spec.dropout,
+        **(_of_adapter(bank.adapter(bank.names[0]).spec) if bank.names else {"method": WHOLE}),
         batch_tokens=max(tokens, request.batch_tokens),
         micro_tokens=tokens,
         document_tokens=max(1, tokens // len(largest)),
@@ -168,6 +161,12 @@ def _as_plan(request: TrainRequest, base: Base, bank: Bank, examples: Examples) 
         checkpointing=request.checkpointing,
         **machine,
     )
+
+
+def _of_adapter(spec: LoraSpec) -> dict[str, Any]:
+    named = {name: _written(getattr(spec, name)) for name in ("targets", "exclude")}
+    same = {name: getattr(spec, name) for name in ("rank", "layers", "rank_pattern", "dropout")}
+    return {"method": spec.form, **named, **same}
 
 
 def _written(named: str | tuple[str, ...]) -> str | tuple[str, ...]:

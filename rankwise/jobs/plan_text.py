@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from rankwise.adapters.adapter import Adapter
 from rankwise.frozen.load import Base
 from rankwise.jobs.documents import Documents
@@ -30,12 +32,29 @@ def plan_text(
     begun: Start | None,
 ) -> str:
     """Rich markup; trained tokens of the shown row are highlighted."""
-    adapter = bank.adapter(bank.names[0])
-    trained = sum(parameter.numel() for _, parameter in bank.named_parameters(bank.names[0]))
+    names = bank.names
+    trained = sum(parameter.numel() for name in names for _, parameter in bank.named_parameters(name))
     size = sum(parameter.numel() for parameter in base.model.parameters()) - trained
     lines = [
         f"[bold]base[/bold]      {plain(base.name)}: {size / 1e6:,.1f} M parameters, "
         f"{str(base.precision.dtype).removeprefix('torch.')} ({base.precision.reason}), {base.device}",
+        *(_adapter(base, bank.adapter(names[0]), trained, size, documents, begun) if names else _whole(base)),
+        *_classes(base),
+        *(f"[bold]{name:9}[/bold] {_counted(name, documents.facts)}" for name in documents.facts),
+        *([_memory(memory, whole=request.whole)] if memory is not None else []),
+        "[bold]settings[/bold]",
+        *(f"  {row['name']:15} {_shown(row['value']):14} [dim]{row['reason']}[/dim]" for row in request.table()),
+        "[bold]one row as it is trained[/bold] (trained tokens highlighted)",
+        _row(documents, reader),
+    ]
+    return "\n".join(lines)
+
+
+def _adapter(
+    base: Base, adapter: Adapter, trained: int, size: int, documents: Documents, begun: Start | None
+) -> list[str]:
+    """`trained`, `size`: parameters, its own and the base's."""
+    return [
         f"[bold]adapter[/bold]   {trained / 1e6:,.2f} M parameters "
         f"({trained / size:.2%} of the base), alpha {adapter.spec.alpha:g}, {adapter.spec.scaling}",
         *_layers(adapter),
@@ -43,15 +62,12 @@ def plan_text(
         *(f"            {path}: rows of {len(rows.tokens)} tokens" for path, rows in adapter.tokens.items()),
         *_new_tokens(base, adapter.spec.new_tokens, documents),
         *([f"[bold]start[/bold]     {plain(started(begun, len(adapter.sites)))}"] if begun is not None else []),
-        *_classes(base),
-        *(f"[bold]{name:9}[/bold] {_counted(name, documents.facts)}" for name in documents.facts),
-        *([_memory(memory)] if memory is not None else []),
-        "[bold]settings[/bold]",
-        *(f"  {row['name']:15} {_shown(row['value']):14} [dim]{row['reason']}[/dim]" for row in request.table()),
-        "[bold]one row as it is trained[/bold] (trained tokens highlighted)",
-        _row(documents, reader),
     ]
-    return "\n".join(lines)
+
+
+def _whole(base: Base) -> list[str]:
+    masters = any(weight.dtype == torch.bfloat16 for weight in base.model.parameters())
+    return ["[bold]trained[/bold]   all weights, no adapter" + (", stepped in float32" if masters else "")]
 
 
 def _layers(adapter: Adapter) -> list[str]:
@@ -73,11 +89,12 @@ def _new_tokens(base: Base, ids: tuple[int, ...], documents: Documents) -> list[
     return [f"            new tokens, and how often they are met: {named}"] if ids else []
 
 
-def _memory(memory: Memory) -> str:
+def _memory(memory: Memory, *, whole: bool) -> str:
     trained = memory.adapters + memory.gradients + memory.optimiser
+    what = "masters" if whole else "adapter"
     parts = {
         "weights": memory.weights,
-        "adapter, gradients and optimiser": trained,
+        f"{what}, gradients and optimiser": trained,
         "activations": memory.activations + memory.working,
         "the process": memory.process,
     }

@@ -26,7 +26,8 @@ from rankwise.adapters.spec import (
 )
 from rankwise.engine.run import Start
 from rankwise.errors import SpecError
-from rankwise.jobs.defaults import BY_TASK
+from rankwise.formats.record import WHOLE
+from rankwise.jobs.defaults import by_itself
 from rankwise.kernels.sizes import Storage
 from rankwise.settings import Settings
 from rankwise.tasks import TaskName
@@ -97,6 +98,8 @@ _OF_START = {"init_documents": DATA_STARTS, "init_rho": ("eva",)}  # which start
 _WITH_NEW_TOKENS: tuple[TaskName, ...] = ("causal-lm", "seq2seq")
 # What an adapter that is trained further brings along.
 _OF_ADAPTER = {"scenario", "alpha", "targets", "exclude", "add_tokens", *_OF_SPEC, *_OF_START}
+# What nothing is read of where all weights are trained.
+_OF_ADAPTERS_ALONE = (_OF_ADAPTER | _OF_PRUNING | {"lr_ratio", "continue_from", "force"}) - {"form"}
 
 
 class TrainRequest(Settings):
@@ -125,7 +128,9 @@ class TrainRequest(Settings):
     )
     exclude: Annotated[str | tuple[str, ...], AfterValidator(_exclusions)] = _default((), "no layer is left out")
     layers: Blocks = _default("", "every block")
-    form: Form = _default("lora", "LoRA; dora adds magnitudes, adalora moves ranks to where they matter")
+    form: Form | Literal["full"] = _default(
+        "lora", "LoRA; dora adds magnitudes, adalora moves ranks to where they matter, full trains all weights"
+    )
     scaling: Scaling = _default("alpha/r", "the original; alpha/sqrt(r) is rsLoRA's, for high ranks")
     dropout: float = _default(0.0, "data are seen about once; 0.05 to 0.1 helps when they are seen often", ge=0, lt=1)
     init: Init = _default("kaiming", "as loralib and PEFT; the others begin with directions of the weight or the data")
@@ -165,8 +170,9 @@ class TrainRequest(Settings):
     @model_validator(mode="before")
     @classmethod
     def _on_task(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """The settings of a task stand under those that were given."""
-        stands = {name: value for name, (value, _) in BY_TASK.get(str(values.get("task")), {}).items()}
+        """The settings of a task and of full training stand under those that were given."""
+        task, form = (str(values.get(name, cls.model_fields[name].default)) for name in ("task", "form"))
+        stands = {name: value for name, (value, _) in by_itself(task, form).items()}
         if values.get("batch_tokens") is not None:
             stands.pop("batch_documents", None)  # steps are counted one way
         return stands | values
@@ -182,6 +188,17 @@ class TrainRequest(Settings):
         if str(values.get("rank", chosen.rank)) != str(chosen.rank):
             del stands["alpha"]  # it is twice the scenario's rank, and means nothing beside another
         return stands | values
+
+    @model_validator(mode="after")
+    def _makes_sense_whole(self) -> TrainRequest:
+        if not self.whole:
+            return self
+        clash = sorted(_OF_ADAPTERS_ALONE & self.model_fields_set)
+        if clash:
+            raise ValueError(f"form full trains the model itself, without an adapter; leave out {', '.join(clash)}")
+        if self.storage != "dense":
+            raise ValueError(f"form full trains the weights, and storage {self.storage} holds codes; leave out storage")
+        return self
 
     @model_validator(mode="after")
     def _makes_sense(self) -> TrainRequest:
@@ -205,6 +222,11 @@ class TrainRequest(Settings):
         if self.add_tokens and self.task not in _WITH_NEW_TOKENS:
             raise ValueError(f"add_tokens are for what a model says, which task {self.task} does not teach")
         return self
+
+    @property
+    def whole(self) -> bool:
+        """Whether all weights are trained, and no adapter."""
+        return self.form == WHOLE
 
     @property
     def spec(self) -> LoraSpec:
@@ -231,8 +253,9 @@ class TrainRequest(Settings):
         return self.alpha if self.alpha is not None else 2 * self.rank
 
     def table(self) -> list[dict[str, Any]]:
-        """Every setting with its reason, for people: `name`, `value`, `reason`."""
-        return [self._row(name) for name in type(self).model_fields]
+        """Every setting that is read, with its reason, for people: `name`, `value`, `reason`."""
+        left_out = _OF_ADAPTERS_ALONE if self.whole else ()
+        return [self._row(name) for name in type(self).model_fields if name not in left_out]
 
     def _row(self, name: str) -> dict[str, Any]:
         value = self._alpha if name == "alpha" else getattr(self, name)
@@ -243,12 +266,13 @@ class TrainRequest(Settings):
         elif scenario is not None and value == getattr(scenario, name):
             reason = f"{self.scenario}: {scenario.reason}"
         elif self._is_of_task(name):
-            reason = f"{self.task}: {BY_TASK[self.task][name][1]}"
+            reason = by_itself(self.task, self.form)[name][1]
         return {"name": name, "value": _plain(value), "reason": reason}
 
     def _is_of_task(self, name: str) -> bool:
-        """Whether a setting is as its task has it by itself."""
-        return name in BY_TASK[self.task] and getattr(self, name) == BY_TASK[self.task][name][0]
+        """Whether a setting is as its task, or full training, has it by itself."""
+        own = by_itself(self.task, self.form)
+        return name in own and getattr(self, name) == own[name][0]
 
     def command(self) -> str:
         """The command that asks for the same."""

@@ -1,8 +1,9 @@
-"""A few unseen documents answered by the base and by the adapter, side by side."""
+"""A few unseen documents answered before and after training, side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,21 +21,43 @@ SAMPLES = 3
 _LONGEST_PROMPT, _LONGEST_ANSWER = 1024, 96
 
 
-def samples(
-    bank: Bank, name: str, tokenizer: Any, reader: Reader, examples: Examples, advance: Advance
-) -> list[dict[str, str]]:
-    """As `sample_answers`, for every task in which the model writes something; none for the others."""
+@dataclass(frozen=True)
+class Asked:
+    """Prompts with what should come, in tokens, and where an answer ends."""
+
+    tokenizer: Any
+    prompts: tuple[tuple[list[int], list[int]], ...]
+    stops: Sequence[int]
+
+    def answers(self, bank: Bank, which: str | None, advance: Advance) -> list[str]:
+        """One to each prompt, by an adapter or the base (None)."""
+        found = []
+        for number, (prompt, reference) in enumerate(self.prompts, start=1):
+            limit = min(_LONGEST_ANSWER, 2 * len(reference) + 16)
+            found.append(answer(bank, which, self.tokenizer, prompt, stops=self.stops, max_new_tokens=limit).strip())
+            advance(number / len(self.prompts))
+        return found
+
+    def beside(self, before: Sequence[str], after: Sequence[str]) -> list[dict[str, str]]:
+        """`prompt`, `reference`, `before` and `after` of each."""
+        rows = []
+        for (prompt, reference), first, second in zip(self.prompts, before, after, strict=True):
+            texts = [self.tokenizer.decode(part, skip_special_tokens=True).strip() for part in (prompt, reference)]
+            rows.append(dict(zip(("prompt", "reference", "before", "after"), [*texts, first, second], strict=True)))
+        return rows
+
+
+def asked_of(model: Any, tokenizer: Any, reader: Reader, examples: Examples) -> Asked:
+    """Of documents spread over those whose prompt fits; nothing where the model does not write."""
     if isinstance(examples, Pairs):
-        return sample_targets(bank, name, tokenizer, examples, advance)
+        return _of_pairs(model, tokenizer, examples)
     if isinstance(examples, Corpus) and isinstance(reader, TextReader) and isinstance(reader.reading, Template):
-        return sample_answers(bank, name, tokenizer, reader.reading, examples, advance)
-    return []
+        return _of_corpus(model, tokenizer, reader.reading, examples)
+    return Asked(tokenizer, (), ())
 
 
-def sample_answers(
-    bank: Bank, name: str, tokenizer: Any, template: Template, corpus: Corpus, advance: Advance
-) -> list[dict[str, str]]:
-    """`prompt`, `reference`, `before` and `after`: first answers, in documents spread over those whose prompt fits."""
+def _of_corpus(model: Any, tokenizer: Any, template: Template, corpus: Corpus) -> Asked:
+    """First answers."""
     fitting = [i for i in range(len(corpus)) if 0 < int(corpus.document(i)[1].argmax()) <= _LONGEST_PROMPT]
 
     def asked(i: int) -> tuple[list[int], list[int]]:
@@ -43,43 +66,19 @@ def sample_answers(
         end = begin + int(np.argmin(np.append(mask[begin:], False)))
         return tokens[:begin].tolist(), tokens[begin:end].tolist()
 
-    asking = (asked(fitting[place]) for place in _spread(len(fitting)))
-    return list(_answered(bank, name, tokenizer, asking, stops_of(template, bank.model), advance, _wanted(fitting)))
+    prompts = tuple(asked(fitting[place]) for place in _spread(len(fitting)))
+    return Asked(tokenizer, prompts, stops_of(template, model))
 
 
-def sample_targets(bank: Bank, name: str, tokenizer: Any, examples: Pairs, advance: Advance) -> list[dict[str, str]]:
-    """As `sample_answers`: what is written for sources spread over those that fit."""
+def _of_pairs(model: Any, tokenizer: Any, examples: Pairs) -> Asked:
+    """What is written for sources."""
     fitting = [i for i in range(len(examples)) if len(examples.document(i)[0]) <= _LONGEST_PROMPT]
     found = (examples.document(fitting[place]) for place in _spread(len(fitting)))
-    asking = ((source.tolist(), target.tolist()) for source, target in found)
-    own = bank.model.generation_config.eos_token_id
-    stops = tuple(own) if isinstance(own, list) else (tokenizer.eos_token_id,)
-    return list(_answered(bank, name, tokenizer, asking, stops, advance, _wanted(fitting)))
+    prompts = tuple((source.tolist(), target.tolist()) for source, target in found)
+    own = model.generation_config.eos_token_id
+    return Asked(tokenizer, prompts, tuple(own) if isinstance(own, list) else (tokenizer.eos_token_id,))
 
 
-def _wanted(fitting: Sequence[int]) -> int:
-    return min(SAMPLES, len(fitting))
-
-
-def _spread(count: int) -> Iterator[int]:
+def _spread(count: int) -> list[int]:
     """Places of the samples among so many documents."""
-    return iter(np.linspace(0, count - 1, min(SAMPLES, count)).round().astype(int).tolist())
-
-
-def _answered(
-    bank: Bank,
-    name: str,
-    tokenizer: Any,
-    asking: Iterator[tuple[list[int], list[int]]],
-    stops: Sequence[int],
-    advance: Advance,
-    wanted: int,
-) -> Iterator[dict[str, str]]:
-    for number, (prompt, reference) in enumerate(asking):
-        answers = []
-        for which in (None, name):
-            limit = min(_LONGEST_ANSWER, 2 * len(reference) + 16)
-            answers.append(answer(bank, which, tokenizer, prompt, stops=stops, max_new_tokens=limit))
-            advance((number + len(answers) / 2) / wanted)
-        texts = [tokenizer.decode(part, skip_special_tokens=True).strip() for part in (prompt, reference)]
-        yield dict(zip(("prompt", "reference", "before", "after"), [*texts, *map(str.strip, answers)], strict=True))
+    return np.linspace(0, count - 1, min(SAMPLES, count)).round().astype(int).tolist()

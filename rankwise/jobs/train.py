@@ -1,7 +1,8 @@
-"""From files to a trained adapter with its evidence: what `rankwise train` does.
+"""From files to a trained adapter, or a trained model, with its evidence: what `rankwise train` does.
 
 out/
 ├── adapter_config.json  adapter_model.safetensors   PEFT's format
+├── config.json  model.safetensors  tokenizer…       or, of form full, transformers'
 ├── tokenizer.json  tokenizer_config.json  …         where the adapter has tokens of its own
 ├── rankwise.json                                    everything about the run
 ├── metrics.jsonl  evaluation.json  samples.json     what was measured
@@ -29,19 +30,21 @@ from rankwise.engine.interrupt import Interrupted
 from rankwise.engine.loop import Outcome, train
 from rankwise.engine.run import Loop, Pruning, Run
 from rankwise.errors import DataError, RankwiseWarning
+from rankwise.formats.record import WHOLE
 from rankwise.formats.tensors import write_text
 from rankwise.frozen.load import Base
 from rankwise.jobs.documents import Documents, read_documents
-from rankwise.jobs.evaluate import evaluate_finite, frequencies, load_adapter
+from rankwise.jobs.evaluate import after_training, evaluate_finite, frequencies, load_adapter
 from rankwise.jobs.machine import machine_facts, peak_memory_bytes, versions
 from rankwise.jobs.plan import predicted_training
 from rankwise.jobs.plan_text import plan_text
 from rankwise.jobs.reader import Reader, check_sources, learnt_classes, load_for, reader_for
 from rankwise.jobs.request import TrainRequest
-from rankwise.jobs.samples import samples as sampled
+from rankwise.jobs.samples import Asked, asked_of
 from rankwise.jobs.tracking import check_trackers, tracked
 from rankwise.jobs.vocabulary import token_counts, with_tokens_of
 from rankwise.jobs.watch import Advance, Watch
+from rankwise.jobs.whole import Before, before_training, check_adapters, save_whole
 from rankwise.reports.card import write_card
 from rankwise.reports.page import write_report
 from rankwise.reports.reader import read_run
@@ -54,7 +57,7 @@ ADAPTER = "adapter"
 
 
 def run_training(request: TrainRequest, watch: Watch) -> dict[str, Any]:
-    """Trains one adapter and writes the whole run folder; the summary is what `--json` prints.
+    """Trains one adapter, or all weights, and writes the whole run folder; the summary is what `--json` prints.
 
     Raises:
         RankwiseError: of every kind; nothing of another run is overwritten, nothing learnt is lost.
@@ -102,40 +105,77 @@ def _run(request: TrainRequest, folder: RunFolder, watch: Watch) -> dict[str, An
     subject = _subject(request, watch)
     base = subject.base
     documents = read_documents(request, subject.reader, watch)
+    asked = asked_of(base.model, base.tokenizer, subject.reader, documents.test)
     with Bank(base.model) as bank:
-        begun: Start | None = None
-        if request.continue_from is None:
-            spec = request.spec_with(base.fresh).model_copy(update={"new_tokens": subject.new_tokens})
-            begun = _begin(bank, request, spec, documents, folder, watch)
-        else:
-            load_adapter(bank, ADAPTER, request.continue_from, base, subject.reader.digest, force=request.force)
+        begun = None if request.whole else _adapter(bank, request, subject, documents, folder, watch)
         memory = predicted_training(request, base, bank, documents.train)
         watch.say(plan_text(request, base, bank, documents, subject.reader, memory, begun))
         _warn_of_unmet(subject, documents)
+        before: Before | None = None
+        if request.whole:
+            judged = not frequencies(base, subject.classes)
+            before = before_training(bank, base, documents.test, asked, watch, judged=judged)
         began = time.monotonic()
         outcome = _train(bank, request, documents, folder, watch)
         tokens = int(documents.train.lengths().sum())
         facts = _facts(request, subject, documents) | {
-            "new_tokens": dict(zip(request.add_tokens, subject.new_tokens, strict=True)),
             "training": _training_facts(folder, outcome, time.monotonic() - began, tokens)
             | {"predicted_memory_bytes": memory.peak if memory is not None else None},
         }
-        if begun is not None:
-            facts["start"] = asdict(begun)
-        if subject.enlarged:
-            base.tokenizer.save_pretrained(request.out)
-        bank.save(ADAPTER, request.out, facts)
+        if before is not None:
+            save_whole(bank, base, before, request.out, facts)
+        else:
+            _save_adapter(bank, request, subject, begun, facts)
         if outcome.failed:
+            kept = "model" if request.whole else "adapter"
             warnings.warn(
-                f"training {stop(outcome.status)}; the adapter that is kept is that of step {outcome.best_step}",
+                f"training {stop(outcome.status)}; the {kept} that is kept is that of step {outcome.best_step}",
                 RankwiseWarning,
                 stacklevel=2,
             )
-        return _finish(bank, subject, request, documents, facts, watch)
+        with watch.stage("answering samples") as advance:
+            samples = asked.beside(*_answers(bank, asked, before, advance))
+        found = _compared(bank, subject, documents, before, watch)
+        return _finish(request, facts, found, samples, watch) | {"spec": _spec(bank)}
+
+
+def _adapter(
+    bank: Bank, request: TrainRequest, subject: _Subject, documents: Documents, folder: RunFolder, watch: Watch
+) -> Start | None:
+    """Adds the adapter that is trained; what a fresh one took, where it is more than chance."""
+    if request.continue_from is not None:
+        load_adapter(bank, ADAPTER, request.continue_from, subject.base, subject.reader.digest, force=request.force)
+        return None
+    spec = request.spec_with(subject.base.fresh).model_copy(update={"new_tokens": subject.new_tokens})
+    return _begin(bank, request, spec, documents, folder, watch)
+
+
+def _save_adapter(
+    bank: Bank, request: TrainRequest, subject: _Subject, begun: Start | None, facts: dict[str, Any]
+) -> None:
+    own: dict[str, Any] = {"new_tokens": dict(zip(request.add_tokens, subject.new_tokens, strict=True))}
+    if begun is not None:
+        own["start"] = asdict(begun)
+    if subject.enlarged:
+        subject.base.tokenizer.save_pretrained(request.out)
+    bank.save(ADAPTER, request.out, facts | own)
+
+
+def _spec(bank: Bank) -> dict[str, Any]:
+    return bank.adapter(ADAPTER).spec.model_dump(mode="json") if bank.names else {"form": WHOLE}
+
+
+def _answers(bank: Bank, asked: Asked, before: Before | None, advance: Advance) -> tuple[list[str], list[str]]:
+    """To the samples, by the base and by what was trained."""
+    if before is not None:
+        return before.answers, asked.answers(bank, None, advance)
+    base = asked.answers(bank, None, lambda share: advance(share / 2))
+    return base, asked.answers(bank, ADAPTER, lambda share: advance(0.5 + share / 2))
 
 
 def _subject(request: TrainRequest, watch: Watch) -> _Subject:
     """The model with its reader; what is wrong with the sources is found out before anything is loaded."""
+    check_adapters(list(filter(None, [request.continue_from])), "train it further as --model, with --form full or not")
     judged = {part: source for part in ("valid", "test") if (source := getattr(request, part)) is not None}
     check_sources(request.task, [*request.data, *judged.values()])
     classes = learnt_classes(request.task, request.data, judged)
@@ -150,8 +190,8 @@ def _subject(request: TrainRequest, watch: Watch) -> _Subject:
 
 def _loading(request: TrainRequest) -> dict[str, Any]:
     """What `load_base` is told besides the task."""
-    spec = request.spec
-    remainder = max(spec.rank, *spec.rank_pattern.values(), 0) if spec.init == "loftq" else 0
+    ranks = [request.rank, *request.rank_pattern.values()]
+    remainder = max(ranks) if request.init == "loftq" and not request.whole else 0
     told = {name: getattr(request, name) for name in ("dtype", "device", "storage", "seed")}
     return told | {"remainder_rank": remainder}
 
@@ -171,6 +211,7 @@ def _begin(
 
 def _train(bank: Bank, request: TrainRequest, documents: Documents, folder: RunFolder, watch: Watch) -> Outcome:
     names = set(Run.model_fields) & set(TrainRequest.model_fields)
+    name = None if request.whole else ADAPTER
     pruning = Pruning(target_rank=request.target_rank, orthogonality=request.orthogonality)
     run = Run(**{name: getattr(request, name) for name in names}, pruning=pruning)
     names = set(Loop.model_fields) & set(TrainRequest.model_fields)
@@ -183,14 +224,14 @@ def _train(bank: Bank, request: TrainRequest, documents: Documents, folder: RunF
 
         return train(
             bank,
-            {ADAPTER: run},
+            {name: run},
             documents.train,
             valid=documents.valid,
             loop=loop,
             out=folder,
             resume=request.resume,
             observe=observe,
-        )[ADAPTER]
+        )[name]
 
 
 def _facts(request: TrainRequest, subject: _Subject, documents: Documents) -> dict[str, Any]:
@@ -236,22 +277,15 @@ def _training_facts(folder: RunFolder, outcome: Outcome, seconds: float, epoch_t
 
 
 def _finish(
-    bank: Bank,
-    subject: _Subject,
     request: TrainRequest,
-    documents: Documents,
     facts: dict[str, Any],
+    found: Evaluation | None,
+    samples: list[dict[str, str]],
     watch: Watch,
 ) -> dict[str, Any]:
-    """The evidence: base against tuned on unseen documents, samples side by side, the report and the card."""
-    found: Evaluation | None = None
-    if len(documents.test) > 1:
-        with watch.stage("comparing with the base") as advance:
-            found = _compared(bank, subject, documents, advance)
+    """The evidence on disk: base against tuned on unseen documents, samples side by side, the report and the card."""
     if found is not None:
         _write_json(request.out / "evaluation.json", found.record())
-    with watch.stage("answering samples") as advance:
-        samples = sampled(bank, ADAPTER, subject.base.tokenizer, subject.reader, documents.test, advance)
     _write_json(request.out / "samples.json", samples)
     with watch.stage("writing the report"):
         report, _ = write_report(request.out), write_card(request.out)
@@ -259,7 +293,6 @@ def _finish(
         "task": request.task,
         "out": str(request.out),
         "report": str(report),
-        "spec": bank.adapter(ADAPTER).spec.model_dump(mode="json"),
         "verdict": judge(read_run(request.out)).sentence,
         "training": facts["training"],
         "evaluation": found.summary() if found is not None else None,
@@ -267,11 +300,18 @@ def _finish(
     }
 
 
-def _compared(bank: Bank, subject: _Subject, documents: Documents, advance: Advance) -> Evaluation | None:
+def _compared(
+    bank: Bank, subject: _Subject, documents: Documents, before: Before | None, watch: Watch
+) -> Evaluation | None:
     """The comparison, or a warning in its place: what was learnt is saved, so this must not end the run."""
+    if len(documents.test) < 2:
+        return None
+    shares = frequencies(subject.base, subject.classes)
     try:
-        shares = frequencies(subject.base, subject.classes)
-        return evaluate_finite(bank, [ADAPTER], documents.test, advance, shares)
+        with watch.stage("comparing with the base") as advance:
+            if before is None:
+                return evaluate_finite(bank, [ADAPTER], documents.test, advance, shares)
+            return after_training(bank, before, documents.test, shares, advance)
     except DataError as error:
         warnings.warn(f"not compared with the base: {error.message}", RankwiseWarning, stacklevel=2)
         return None

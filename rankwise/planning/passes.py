@@ -80,7 +80,7 @@ class Pass:
         self.kept = tape.alive - before
         state = tape.new(manner.supervised * hidden * manner.width)
         tape.drop(final)
-        grad = self._loss(hidden)
+        grad, gathered = self._trained_loss(hidden) if manner.form == "full" else (self._loss(hidden), [])
         flowing = tape.new(self.unit * hidden)
         tape.drop(grad)
         normed = tape.new(self.unit * hidden)
@@ -91,7 +91,7 @@ class Pass:
                 tape.drop(again)
             normed = self._backward(block, own, normed)
             tape.drop(source)
-        tape.drop(normed, state, *states)
+        tape.drop(normed, state, *states, *gathered)
 
     # ── the head ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -108,6 +108,19 @@ class Pass:
         scaled = tape.new(manner.supervised * hidden * manner.width)
         tape.drop(grad)
         return scaled
+
+    def _trained_loss(self, hidden: int) -> tuple[int, list[int]]:
+        """The same by autograd, and the gradient of a head that is trained, which waits for the embedding's."""
+        tape, manner = self.tape, self.manner
+        gathered = tape.new(manner.classes * hidden * manner.width)
+        grad = tape.new(manner.supervised * hidden * manner.width)
+        for at in range(0, manner.supervised, manner.chunk):
+            elements = min(manner.chunk, manner.supervised - at) * manner.classes
+            wide = [tape.new(4 * elements) for _ in range(2 if manner.width == 4 else 3)]  # logits, their logarithms
+            slope = tape.new(elements * manner.width)
+            tape.drop(*wide)
+            tape.drop(slope, tape.new(manner.classes * hidden * manner.width))
+        return grad, [gathered]
 
     # ── one block ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -186,11 +199,16 @@ class Pass:
 
     # ── its parts ────────────────────────────────────────────────────────────────────────────────────────────────
 
+    @property
+    def _norm_in_one(self) -> bool:
+        """Whether a norm is one operation: the compiled one has no gradient of its own weight."""
+        return self.manner.layer_norm or (self.manner.compiled and self.manner.form != "full")
+
     def _normed(self, hidden: int) -> tuple[int, list[int]]:
         """The norm's output, and what it keeps beside its input."""
         tape, manner = self.tape, self.manner
         kept = [tape.new(4 * manner.tokens)]
-        if manner.compiled or manner.layer_norm:
+        if self._norm_in_one:
             return tape.new(self.unit * hidden), kept
         wide = 4 * manner.tokens * hidden
         if manner.width < 4:
@@ -204,7 +222,7 @@ class Pass:
 
     def _unnormed(self, hidden: int, grad: int, pulled: int) -> int:
         tape, manner = self.tape, self.manner
-        wide = [] if manner.compiled or manner.layer_norm else [tape.new(4 * manner.tokens * hidden) for _ in range(2)]
+        wide = [] if self._norm_in_one else [tape.new(4 * manner.tokens * hidden) for _ in range(2)]
         through = tape.new(self.unit * hidden)
         tape.drop(*wide, pulled)
         total = tape.new(self.unit * hidden)

@@ -98,8 +98,6 @@ def _assumptions(shapes: Shapes, request: PlanRequest, machine: Machine) -> list
         notes.append("the GPU's own context (some hundred MB) and gaps between tensors are not counted")
     if not shapes.family.packed:
         notes.append("this family goes in padded rows: count the padding as tokens")
-    if request.form == "full":
-        notes.append("full fine-tuning is counted by rule; rankwise trains adapters and single modules whole")
     if any(tensor.kind == "experts" for tensor in shapes.tensors):
         notes.append("all experts lie in one tensor a block: they are no layers that can be adapted, nor quantised")
     return notes

@@ -14,7 +14,7 @@ from rankwise.reports import numbers
 from rankwise.reports.folder import CARD, place
 from rankwise.reports.paired import pair
 from rankwise.reports.reader import read_run
-from rankwise.reports.run import AdapterLoss, BaseLoss, Evaluation, Record, Run, Sample, Setting, Split
+from rankwise.reports.run import AdapterLoss, BaseLoss, Evaluation, Record, Run, Sample, Setting, Split, Whole
 from rankwise.reports.sites import group_sites
 from rankwise.reports.start import started
 from rankwise.reports.verdict import judge, stop
@@ -46,7 +46,7 @@ def render(run: Run) -> str:
     parts = [
         _front_matter(run.record),
         f"# {_escaped(run.name)}",
-        f"A LoRA adapter for {_escaped(_base(run.record))}, trained with rankwise.",
+        _what(run.record),
         f"**{_escaped(verdict.sentence)}**",
         "\n".join(f"- {_escaped(caveat)}" for caveat in verdict.caveats),
         _usage(run.record),
@@ -64,8 +64,17 @@ def render(run: Run) -> str:
 def _front_matter(record: Record) -> str:
     # A licence that nobody stated is left out: a guess would be a promise.
     base = [f"base_model: {json.dumps(record.base.name)}"] if _HUB_NAME.fullmatch(record.base.name) else []
-    lines = [*base, "library_name: peft", f"pipeline_tag: {_task(record).pipeline}", "tags:", "- lora", "- rankwise"]
+    whole = record.noun == "model"
+    library, tags = ("transformers", ["- rankwise"]) if whole else ("peft", ["- lora", "- rankwise"])
+    lines = [*base, f"library_name: {library}", f"pipeline_tag: {_task(record).pipeline}", "tags:", *tags]
     return "\n".join(["---", *lines, "---"])
+
+
+def _what(record: Record) -> str:
+    base = _escaped(_base(record))
+    if record.noun == "model":
+        return f"{base} with all its weights trained further, by rankwise."
+    return f"A LoRA adapter for {base}, trained with rankwise."
 
 
 def _task(record: Record) -> Task:
@@ -83,6 +92,15 @@ def _usage(record: Record) -> str:
     told = f", num_labels={len(names)}" if names else ""
     reader = "tokenizer" if task.reads == "AutoTokenizer" else "processor"
     here = '"path/to/this/folder"'
+    if record.noun == "model":
+        return f"""## Use
+
+```python
+from transformers import {task.loads}, {task.reads}
+
+{reader} = {task.reads}.from_pretrained({here})
+model = {task.loads}.from_pretrained({here})
+```{_named(names)}"""
     enlarged = "\nmodel.resize_token_embeddings(len(tokenizer))" if record.new_tokens else ""
     return f"""## Use
 
@@ -155,9 +173,10 @@ def _adapter(record: Record) -> str:
         (group.where, " ".join(group.names), group.sites, group.rank, group.alpha, group.scale)
         for group in group_sites(record.sites)
     ]
-    spec = record.spec
+    spec, parameters = record.spec, numbers.counted(record.parameters, "parameter")
+    if isinstance(spec, Whole):
+        return f"## The model\n\nAll weights were trained: {parameters}."
     axes = f"Form {spec.form}, scaling {spec.scaling}, storage {record.base.storage}, init {spec.init}"
-    parameters = numbers.counted(record.parameters, "parameter")
     start = f" Start: {started(record.start, len(record.sites))}." if record.start is not None else ""
     said = f"{parameters}. {axes}, dropout {numbers.plain(spec.dropout)}.{start}{_tokens(record)}"
     table = _table(("where", "layers", "sites", "rank", "alpha", "scale"), rows)
@@ -238,7 +257,8 @@ def _limits(run: Run) -> str:
     return (
         f"## Limits\n\n{measured}; nothing is known about other tasks, or about what was forgotten. "
         f"Licence, biases and gaps of the base hold here too. "
-        f"Base fingerprint {_escaped(run.record.base.fingerprint)}, adapter digest {_escaped(run.record.digest)}."
+        f"Base fingerprint {_escaped(run.record.base.fingerprint)}, "
+        f"{run.record.noun} digest {_escaped(run.record.digest)}."
     )
 
 

@@ -131,7 +131,8 @@ def _tiles(run: Run, words: Words) -> list[Tile]:
         steps = numbers.counted(training.steps, "step")
         tiles.append(Tile(numbers.duration(training.seconds), f"training, {steps} at {speed} tokens/s"))
     sites = numbers.counted(len(run.record.sites), "layer")
-    tiles.append(Tile(numbers.short_count(run.record.parameters), f"trained parameters at {sites}"))
+    where = ", all there are" if run.record.noun == "model" else f" at {sites}"
+    tiles.append(Tile(numbers.short_count(run.record.parameters), f"trained parameters{where}"))
     return tiles
 
 

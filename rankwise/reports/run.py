@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt
 
@@ -38,6 +38,13 @@ class Spec:
     rank_pattern: dict[str, PositiveInt] = field(default_factory=dict)
     alpha_pattern: dict[str, FiniteFloat] = field(default_factory=dict)
     modules_to_save: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Whole:
+    """In the place of a spec where all weights were trained, and there is no adapter."""
+
+    form: Literal["full"]
 
 
 @dataclass(frozen=True)
@@ -138,7 +145,7 @@ class Record:
     """rankwise.json.  An adapter saved outside a run has no facts: everything from `versions` on may be absent."""
 
     schema: int
-    spec: Spec
+    spec: Spec | Whole
     base: Base
     digest: str
     parameters: NonNegativeInt
@@ -156,6 +163,11 @@ class Record:
     training: Training | None = None
     start: Start | None = None
     command: str | None = None
+
+    @property
+    def noun(self) -> str:
+        """What was made: an adapter, or a model."""
+        return "model" if isinstance(self.spec, Whole) else "adapter"
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,9 @@ def _failure(run: Run) -> str:
     training = run.record.training
     if training is None or training.stopped not in ("diverged", "not finite"):
         return ""
-    best = f"; the adapter is that of step {count(training.best_step)}" if training.best_step is not None else ""
+    best = (
+        f"; the {run.record.noun} is that of step {count(training.best_step)}" if training.best_step is not None else ""
+    )
     return f"Training {stop(training.stopped)} after {counted(training.steps, 'step')}{best}. "
 
 
@@ -138,7 +140,7 @@ def _unmeasured(run: Run) -> Verdict:
     ending = f"; training {stop(training.stopped)} after {counted(training.steps, 'step')}" if training else ""
     sentence = f"Not compared with the base: this folder holds no evaluation{ending}."
     caveat = (
-        "Whether the adapter helps on unseen documents is not known: rankwise train measures that when it has two or "
-        "more validation documents."
+        f"Whether the {run.record.noun} helps on unseen documents is not known: rankwise train measures that when it "
+        f"has two or more validation documents."
     )
     return Verdict("unmeasured", sentence, (caveat, *_skipped(run)))

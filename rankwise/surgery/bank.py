@@ -383,10 +383,14 @@ class Bank:
         self._merged = self.router.merged = None
         self._let_go()
         self.vocabulary.settle(layers, name)
-        for cached in ("identity", "sites", "modules", "vocabulary"):
-            self.__dict__.pop(cached, None)  # of a base that is no more
+        self.renew()
         declare_untied(self.model)
         return report
+
+    def renew(self) -> None:
+        """Forgets what was known of a base that is no more: its weights are others now."""
+        for cached in ("identity", "sites", "modules", "vocabulary"):
+            self.__dict__.pop(cached, None)
 
     def _check_unmerged(self, what: str) -> None:
         if self._merged is not None:

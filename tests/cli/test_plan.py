@@ -89,7 +89,7 @@ MISTAKES = {
     "method": (["--method", "lorra"], "method = 'lorra'"),
     "targets": (["--targets", "q_porj"], "'q_porj' matches no layer; did you mean 'q_proj'?"),
     "blocks": (["--layers", "5"], "layers 5: none of the targeted layers"),
-    "full measured": (["--method", "full", "--measure"], "--measure trains adapters"),
+    "full in codes": (["--method", "full", "--storage", "nf4"], "weights in 8 or 4 bits are not trained themselves"),
 }
 
 

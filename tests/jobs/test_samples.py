@@ -5,6 +5,7 @@ from rankwise.data.corpus import Corpus
 from rankwise.data.template import Template
 from rankwise.frozen.load import load_base
 from rankwise.jobs import samples
+from rankwise.jobs.reader import TextReader
 from rankwise.surgery.bank import Bank
 
 
@@ -23,9 +24,9 @@ def test_samples_are_chosen_among_documents_whose_prompt_fits(world, adapter):
         bank.load("a", adapter)
 
         def sampled(prompts):
-            return samples.sample_answers(
-                bank, "a", base.tokenizer, Template(base.tokenizer), corpus(prompts), told.append
-            )
+            reader = TextReader(Template(base.tokenizer), 4096, "truncate")
+            asked = samples.asked_of(bank.model, base.tokenizer, reader, corpus(prompts))
+            return asked.beside(*(asked.answers(bank, which, told.append) for which in (None, "a")))
 
         found = sampled([long, 5, long, 6, 7, long, long])
         assert len(found) == 3
