@@ -1,7 +1,9 @@
 """LoRA+ (arXiv:2402.12354): B's rate is a multiple of A's, and a multiple of 1 is AdamW."""
 
+import peft
 import pytest
 import torch
+from peft.optimizers import create_loraplus_optimizer
 
 from rankwise.engine.rates import rates
 from rankwise.engine.run import Run
@@ -67,3 +69,21 @@ def test_the_fast_side_takes_so_many_times_the_step_of_the_other():
             torch.testing.assert_close(
                 before[name] - parameter, torch.full_like(parameter, 1.6e-2 if fast else 1e-3), rtol=1e-2, atol=1e-6
             )
+
+
+def test_the_groups_are_pefts():
+    """Which of A and B learns how fast, as PEFT's own optimiser for LoRA+ has it."""
+    ratio, lr = 16, 1e-3
+    model = peft.get_peft_model(tiny("llama"), peft.LoraConfig(r=3, target_modules=["q_proj", "down_proj"]))
+    theirs = create_loraplus_optimizer(model, torch.optim.AdamW, lr=lr, loraplus_lr_ratio=ratio)
+    named = {parameter: name for name, parameter in model.named_parameters()}
+    want = {
+        named[p].removeprefix("base_model.model.").replace("lora_", "").removesuffix(".default.weight"): group["lr"]
+        / lr
+        for group in theirs.param_groups
+        for p in group["params"]
+    }
+    with Bank(tiny("llama")) as bank:
+        bank.add("a", spec(("q_proj", "down_proj")))
+        ours = {name: rate.factor for rate in rates(bank, "a", Run(lr=lr, lr_ratio=ratio)) for name in rate.names}
+    assert ours == pytest.approx(want)
