@@ -10,7 +10,7 @@ quickstart: .venv/quickstart
 	$(BIN)/rankwise quickstart
 
 test: .venv/develop
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: .venv/develop
 	$(BIN)/ruff check .
