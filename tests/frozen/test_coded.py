@@ -51,6 +51,14 @@ def test_a_layer_with_several_paths_stays_one():
 
 
 @CODES
+def test_what_is_not_in_codes_does_not_keep_the_whole_file_in_memory(code, tmp_path):
+    """A view of a mapped file is a hold on all of its pages, those of the dense weights too."""
+    base = load_base(write_model(tmp_path), dtype="float32", storage=code)
+    for name, tensor in (*base.model.named_parameters(), *base.model.named_buffers()):
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes, name
+
+
+@CODES
 def test_the_scales_keep_their_number_format_wherever_the_model_goes(code):
     layer = hold(nn.Sequential(nn.Linear(96, 32)), code)[0]
     weight = layer.weight
