@@ -205,7 +205,7 @@ class _Training:
                 self.stop(name, "diverged")
         self.done += 1
         if self.done == min(self.begun + _STEPS_TO_BE_REACHED, self.steps):
-            self.check_reached(names)
+            self.check_reached(self.active)
 
     def prune(self, name: str) -> None:
         """Of form `adalora`; the final ranks are an event."""
@@ -276,6 +276,7 @@ class _Training:
 
     def stop(self, name: str, status: str, **why: str) -> None:
         self.status[name] = status
+        self.trainees[name].retire()
         self.tell({"kind": "event", "what": status, "step": self.done, "adapter": name, **why})
 
     def check_reached(self, names: list[str]) -> None:

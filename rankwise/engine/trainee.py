@@ -190,6 +190,13 @@ class Trainee:
             self.parameters[name].copy_(tensor)
         self._settle()
 
+    def retire(self) -> None:
+        """It learns no more: it is at its best, and what only learning needs is let go of."""
+        self.restore_best()
+        self.optimiser.state.clear()
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
     def _settle(self) -> None:
         if self.weights is not None:
             self.weights.settle()

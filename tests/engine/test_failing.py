@@ -1,6 +1,9 @@
 """Runs that cannot go well: what is refused before the first step, what stops one, and what is kept of it."""
 
 import json
+import os
+import signal
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from torch import nn
 from rankwise.engine import loop as loop_module
 from rankwise.engine.evaluate import evaluate
 from rankwise.engine.folder import held_folder
+from rankwise.engine.interrupt import Interrupted
 from rankwise.engine.loop import train
 from rankwise.engine.run import Loop, Run
 from rankwise.engine.trainee import Trainee
@@ -112,3 +116,44 @@ def test_fewer_tokens_at_once_than_adapters_still_trains():
         loop = Loop(batch_documents=2, max_steps=2, micro_tokens=1)
         outcomes = train(bank, dict.fromkeys(("a", "b", "c"), RUN), CORPUS, loop=loop)
     assert {outcome.status for outcome in outcomes.values()} == {"finished"}
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_one_that_stops_lets_go_of_what_only_learning_needs_and_disturbs_no_other(tmp_path, resumed):
+    """Its moments and gradients, two thirds of what an adapter takes in training."""
+    runs, loop = {"a": RUN, "wild": Run(lr=1.0)}, Loop(batch_documents=2, epochs=2, evaluate_every=4)
+    specs = {"a": spec("minimal"), "wild": spec(targets=("lm_head",))}
+    held: list[int] = []
+
+    def learn(runs, out=None, stop=None, resume=False):
+        told: list[dict] = []
+        with Bank(tiny("llama")) as bank:
+            for name in runs:
+                bank.add(name, specs[name])
+
+            def observe(event):
+                told.append(event)
+                if event.get("what") == "diverged":
+                    held.append(sum(p.grad is not None for _, p in bank.named_parameters("wild")))
+                if event.get("step") == stop and event["kind"] == "evaluation" and event["adapter"] == "a":
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+            with ExitStack() as keeping:
+                folder = keeping.enter_context(held_folder(out, resume=resume)) if out else None
+                outcomes = train(
+                    bank, runs, CORPUS, valid=CORPUS, loop=loop, observe=observe, out=folder, resume=resume
+                )
+            return told, outcomes, bank.adapter("a").digest(), bank.adapter("wild").digest() if "wild" in runs else ""
+
+    together, outcomes, digest, wild = learn(runs)
+    assert outcomes["wild"].status == "diverged"
+    alone, _, _, _ = learn({"a": RUN})
+    steps = [[e["loss"] for e in told if e["kind"] == "step" and e["adapter"] == "a"] for told in (together, alone)]
+    np.testing.assert_allclose(*steps, rtol=1e-5)
+    assert held == [0]
+    if resumed:
+        with pytest.raises(Interrupted):
+            learn(runs, tmp_path / "run", stop=12)
+        _, outcomes, same, wild_too = learn(runs, tmp_path / "run", resume=True)
+        assert (same, wild_too) == (digest, wild)
+        assert outcomes["wild"].status == "diverged"
