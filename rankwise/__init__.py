@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from rankwise.errors import RankwiseError, RankwiseWarning
     from rankwise.frozen.load import Base, load_base
     from rankwise.planning.plan import plan
+    from rankwise.search.compression import Compression, compress
+    from rankwise.search.tolerance import Tolerance
     from rankwise.surgery.bank import Bank
 
 _HOMES = {
@@ -35,6 +37,7 @@ _HOMES = {
     "Base": "frozen.load",
     "Begun": "engine.begin",
     "Classes": "data.classes",
+    "Compression": "search.compression",
     "Corpus": "data.corpus",
     "Evaluation": "engine.evaluate",
     "LabelledTexts": "data.text_readings",
@@ -49,7 +52,9 @@ _HOMES = {
     "SourceTargets": "data.text_readings",
     "Start": "engine.run",
     "Template": "data.template",
+    "Tolerance": "search.tolerance",
     "begin": "engine.begin",
+    "compress": "search.compression",
     "evaluate": "engine.evaluate",
     "find_classes": "data.classes",
     "held_folder": "engine.folder",
@@ -67,6 +72,7 @@ __all__ = [
     "Base",
     "Begun",
     "Classes",
+    "Compression",
     "Corpus",
     "Evaluation",
     "LabelledTexts",
@@ -81,7 +87,9 @@ __all__ = [
     "SourceTargets",
     "Start",
     "Template",
+    "Tolerance",
     "begin",
+    "compress",
     "evaluate",
     "find_classes",
     "held_folder",

@@ -17,6 +17,7 @@ from typing import TextIO
 import typer
 
 from rankwise.cli.chat import chat
+from rankwise.cli.compress import compress
 from rankwise.cli.doctor import doctor
 from rankwise.cli.evaluate import evaluate
 from rankwise.cli.inspect import inspect
@@ -41,7 +42,7 @@ def _help(verb: Callable[..., None]) -> str:
     return re.sub("^(?=Examples?:$)", "\b\n", cleandoc(verb.__doc__ or ""), flags=re.M)
 
 
-for verb in (quickstart, train, evaluate, chat, merge, inspect, plan, doctor):
+for verb in (quickstart, train, evaluate, chat, merge, compress, inspect, plan, doctor):
     app.command(help=_help(verb))(verb)
 
 

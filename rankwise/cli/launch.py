@@ -6,7 +6,7 @@ import sys
 
 from rankwise.kernels.heap import begin_anew
 
-_HEAVY = ("quickstart", "train", "evaluate")
+_HEAVY = ("quickstart", "train", "evaluate", "compress")
 
 
 def main() -> None:

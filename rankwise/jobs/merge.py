@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from rankwise.engine.tasks.choose import task_named
-from rankwise.errors import MergeError, RunFolderError
+from rankwise.errors import MergeError
 from rankwise.frozen.load import Base, load_base
 from rankwise.jobs.evaluate import load_adapter, trained_classes, trained_task
+from rankwise.jobs.place import whole_folder
 from rankwise.jobs.reader import load_for, reader_for
 from rankwise.jobs.vocabulary import with_tokens_of
 from rankwise.jobs.watch import Watch
@@ -51,7 +48,7 @@ def run_merge(model: str, adapter: Path, out: Path, watch: Watch, *, force: bool
     """
     check_adapters([adapter], "use it as it is: it has nothing to merge")
     task = trained_task([adapter])
-    with _beside(out.expanduser().resolve()) as place:
+    with whole_folder(out.expanduser().resolve()) as place:
         with watch.stage(f"loading {model}"):
             loaded, classes = load_for(model, task, trained_classes([adapter], task), dtype="float32", device="cpu")
         base = with_tokens_of(loaded, [adapter], force=force)
@@ -81,27 +78,6 @@ def run_merge(model: str, adapter: Path, out: Path, watch: Watch, *, force: bool
         "worst_layer_error": report.worst_error,
         "prompts": len(inputs),
     }
-
-
-@contextmanager
-def _beside(out: Path) -> Iterator[Path]:
-    """A folder that takes the place of `out` when all has gone well, and is not left behind when not."""
-    place = out.with_name(f".{out.name}.part")
-    try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise RunFolderError(f"{out}: not an empty folder; nothing was overwritten", hint="choose another --out")
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir(parents=True)
-        yield place
-        for path in place.iterdir():
-            path.chmod(0o644)  # safetensors makes files that their owner alone can read
-        if out.exists():
-            out.rmdir()
-        place.rename(out)
-    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
-        raise RunFolderError(f"{out}: cannot be written: {error}", hint="make room, or choose another --out") from None
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
 
 
 def _prove(model: Any, inputs: list[dict[str, Tensor]], want: list[Tensor], held: torch.dtype) -> float:

@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rankwise.reports import numbers
 from rankwise.reports.folder import REPORT, place
 from rankwise.reports.paired import Paired, pair
-from rankwise.reports.plots import documents_plot, interval_plot, loss_plot, norm_plot, rate_plot
+from rankwise.reports.plots import compression_plot, documents_plot, interval_plot, loss_plot, norm_plot, rate_plot
 from rankwise.reports.reader import read_run
 from rankwise.reports.run import AdapterLoss, Evaluation, Run
 from rankwise.reports.series import training_losses
@@ -73,6 +73,7 @@ def render(run: Run) -> str:
             interval=interval_plot(run.evaluation, words) if run.evaluation else None,
             comparisons=comparisons,
             documents=documents_plot(paired, words) if paired else None,
+            compression=compression_plot(run.record.compression, words) if run.record.compression else None,
             rate=rate_plot(run),
             norm=norm_plot(run),
             sites=group_sites(run.record.sites),

@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from rankwise.reports.numbers import MINUS, counted, decimal, decimals_for, percent, plain, signed
 from rankwise.reports.paired import Paired
-from rankwise.reports.run import AdapterLoss, Curve, Evaluation, Run, Validation
+from rankwise.reports.run import AdapterLoss, Compression, Curve, Evaluation, Run, Validation
 from rankwise.reports.series import MOST_POINTS, Series, finite, thin, training_losses, window
 from rankwise.reports.svg import NARROW, SMALL, WIDE, colour, picture
 from rankwise.reports.verdict import judge_adapter
@@ -265,6 +265,47 @@ def _room(paired: Paired) -> tuple[float, float]:
     low, high = min(low, 0.0), max(high, 0.0)
     room = (high - low) or 1.0
     return low - 0.05 * room, high + 0.05 * room
+
+
+# ── what was left out ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def compression_plot(found: Compression, words: Words = USUAL) -> Plot:
+    """The loss by size, against the whole adapter: where the first half led, and what the second half decided."""
+    whole = found.parameters["whole"]
+    looked = [(100 * size.parameters / whole, size.delta.mean) for size in found.first]
+    ends = [0.0, found.tolerance, *(end for size in found.second for end in (size.delta.low, size.delta.high))]
+    room = (max(ends) - min(ends)) or 1.0
+    bottom, top = min(ends) - 0.15 * room, max(ends) + 0.25 * room
+
+    def draw(axes: Any) -> None:
+        axes.axhline(0, color=colour("ink"), linewidth=1.2)
+        axes.axhline(found.tolerance, color=colour("worse"), linewidth=1.2, linestyle=(0, (5, 4)))
+        axes.plot([x for x, _ in looked], [y for _, y in looked], "o", color=colour("train"), markersize=5, alpha=0.5)
+        for size in found.second:
+            at, shade = 100 * size.parameters / whole, colour("tuned" if size.within else "worse")
+            axes.plot([at, at], [size.delta.low, size.delta.high], color=shade, linewidth=5, alpha=0.35)
+            axes.plot(at, size.delta.mean, "o", color=shade, markersize=9, markeredgecolor=colour("surface"))
+        _label(axes, f"{100 * found.kept:.0f} %", (100 * found.kept, found.delta.high), (0, 6), "center", weight="bold")
+        axes.set_xlim(0, 103)
+        axes.set_ylim(bottom, top)
+        axes.set_xlabel("parameters kept, %")
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=EVEN_STEPS))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _difference(value)))
+        axes.set_title(
+            f"nats per {words.unit}, against the whole adapter", loc="left", color=colour("muted"), fontsize=12
+        )
+
+    beyond = sum(not bottom <= y <= top for _, y in looked)
+    keys = [
+        Key("dots", "train", "first half, which chose"),
+        Key("dots", "tuned", "second half, within the tolerance, with its 90 % interval"),
+    ]
+    if not all(size.within for size in found.second):
+        keys.append(Key("dots", "worse", "second half, not within"))
+    keys.append(Key("dashed", "worse", f"the tolerance, {plain(found.tolerance)}"))
+    note = f"{counted(beyond, 'smaller size')} cost more than the frame shows." if beyond else ""
+    return Plot(picture("compression", "Loss by parameters kept", draw, WIDE, NARROW), tuple(keys), note)
 
 
 # ── how the training went ────────────────────────────────────────────────────────────────────────────────────────────

@@ -162,12 +162,40 @@ class Record:
     template: Template | None = None
     training: Training | None = None
     start: Start | None = None
+    compression: Compression | None = None
     command: str | None = None
 
     @property
     def noun(self) -> str:
         """What was made: an adapter, or a model."""
         return "model" if isinstance(self.spec, Whole) else "adapter"
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of an adapter was kept, and what that cost: `delta` is to the whole adapter."""
+
+    parameters: NonNegativeInt
+    delta: Delta
+    within: bool
+
+
+@dataclass(frozen=True)
+class Compression:
+    """What `rankwise compress` measured; sizes of the first half chose, those of the second decided."""
+
+    worth: str
+    tolerance: float
+    parameters: dict[str, PositiveInt]
+    documents: dict[str, PositiveInt]
+    delta: Delta
+    first: tuple[Size, ...]
+    second: tuple[Size, ...]
+
+    @property
+    def kept(self) -> float:
+        """The share of the whole adapter's parameters."""
+        return self.parameters["compressed"] / self.parameters["whole"]
 
 
 @dataclass(frozen=True)

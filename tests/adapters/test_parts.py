@@ -1,0 +1,95 @@
+"""The parts of an adapter against singular values of the whole change, in float64."""
+
+import pytest
+import torch
+
+from rankwise.adapters.lowrank import LowRank, SiteShape
+from rankwise.adapters.parts import parts_of
+
+SHAPES = [SiteShape(12, 9), SiteShape(9, 12), SiteShape(6, 4, (3, 2)), SiteShape(7, 3, (2, 2, 2)), SiteShape(5, 40)]
+RANK = 4
+
+
+def factors(shape, rank=RANK, scale=1.7, dropout=0.1):
+    A, B = (torch.randn(size) for size in shape.factor_shapes(rank))
+    return LowRank(A, B, scale, dropout)
+
+
+def changed(parts):
+    """Σ λ·u·vᵀ as a matrix."""
+    return parts.left.double() * parts.values.double() @ parts.right.double()
+
+
+def delta(own):
+    return own.delta(torch.float64).flatten(1)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_all_parts_together_are_the_change(shape):
+    own = factors(shape)
+    torch.testing.assert_close(changed(parts_of(own)), delta(own), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_without_a_root_they_are_the_singular_triplets(shape):
+    own = factors(shape)
+    found = parts_of(own)
+    want = torch.linalg.svdvals(delta(own))[:RANK]
+    torch.testing.assert_close(found.values.double(), want, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found.weights, found.values.square(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.left.t() @ found.left, torch.eye(RANK), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", range(RANK + 1))
+def test_with_a_root_the_first_parts_come_as_near_as_any_to_what_the_layer_adds(count):
+    """The optimum is known: the singular values of s·B·A·C^½, C = E[x·xᵀ], beyond the first so many."""
+    own = factors(SiteShape(12, 9))
+    x = torch.randn(200, 9, dtype=torch.float64) * torch.tensor([10.0, 5, 3, 1, 1, 0.3, 0.1, 0.1, 0.01])
+    shrunk = x @ own.A.detach().double().t()
+    root = torch.linalg.cholesky(shrunk.t() @ shrunk / len(x))
+    found = parts_of(own, root)
+    first = (found.left * found.values)[:, :count].double() @ found.right[:count].double()
+    missed = (x @ (delta(own) - first).t()).square().sum() / len(x)
+    best = torch.linalg.svdvals(x @ delta(own).t())[count:].square().sum() / len(x)
+    assert float(missed) == pytest.approx(float(best), rel=1e-5, abs=1e-6)
+    assert float(found.weights[count:].double().sum()) == pytest.approx(float(best), rel=1e-5, abs=1e-6)
+
+
+def test_directions_that_no_input_uses_are_parts_all_the_same():
+    """What a layer's inputs on these documents do not use may be used by others."""
+    own = factors(SiteShape(12, 9))
+    root = torch.zeros(RANK, RANK, dtype=torch.float64)
+    root[:, 0] = torch.randn(RANK)  # E[(A·x)(A·x)ᵀ] of rank one
+    found = parts_of(own, root)
+    torch.testing.assert_close(changed(found), delta(own), rtol=1e-6, atol=1e-6)
+    assert found.weights[1:].max() < 1e-9 < found.weights[0]
+
+
+def test_a_change_of_lower_rank_than_its_factors_has_parts_that_are_nothing():
+    shape = SiteShape(12, 9)
+    A, B = (torch.randn(size) for size in shape.factor_shapes(2))
+    own = LowRank(torch.cat([A, A]), torch.cat([B, B], dim=1), 1.0)
+    found = parts_of(own)
+    assert found.values[2:].max() < 1e-6 * found.values[0]
+    assert all(part.isfinite().all() for part in (found.left, found.values, found.right, found.weights))
+    torch.testing.assert_close(changed(found), delta(own), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_kept_parts_and_the_rest_add_up_and_keep_the_dropout(shape):
+    own = factors(shape)
+    found = parts_of(own)
+    kept, rest = found.only([0, 2]), found.only([1, 3])
+    assert (kept.rank, kept.scale, kept.dropout, kept.shape) == (2, 1.0, own.dropout, shape)
+    torch.testing.assert_close(delta(kept) + delta(rest), delta(own), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(kept.A.flatten(1).norm(dim=1), kept.B.flatten(1).norm(dim=0))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kept", [[], [1], [0, 3], [0, 1, 2, 3]], ids=str)
+def test_parts_that_are_switched_off_are_as_if_they_had_been_cut_out(shape, kept):
+    found = parts_of(factors(shape))
+    switched = found.switchable()
+    switched.leave_out_all_but(torch.tensor(kept, dtype=torch.long))
+    torch.testing.assert_close(switched.delta(torch.float32), found.only(kept).delta(torch.float32))
+    assert found.parameters == sum(torch.Size(size).numel() for size in shape.factor_shapes(1))
