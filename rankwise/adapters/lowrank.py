@@ -184,7 +184,7 @@ class LowRank(nn.Module):
         changed = weight + self.delta(weight.dtype)
         if self.m is None:
             return changed
-        gain = self.m.to(weight.dtype) / changed.flatten(1).norm(dim=1)
+        gain = gains(self.m.to(weight.dtype), changed.flatten(1).norm(dim=1))
         return changed * gain.view(-1, *(1 for _ in weight.shape[1:]))
 
     @torch.no_grad()
@@ -200,6 +200,11 @@ class LowRank(nn.Module):
 def _through(weight: Weight, A: Tensor) -> Tensor:
     """W·Aᵀ, `[O, R]`."""
     return low_rank_product(A, weight, None, ()).t() if isinstance(weight, Coded) else weight.flatten(1) @ A.t()
+
+
+def gains(m: Tensor, norms: Tensor) -> Tensor:
+    """M / ‖W + s·B·A‖ by output; 1 for outputs whose weights are all zero, which no factor changes."""
+    return torch.where(norms > 0, m / norms.clamp(min=torch.finfo(norms.dtype).tiny), 1.0)
 
 
 def row_squares(weight: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch.func import functional_call
 from transformers import PreTrainedConfig
 
 from rankwise.adapters.dropout import keep_mask, mixed
-from rankwise.adapters.lowrank import LowRank
+from rankwise.adapters.lowrank import LowRank, gains
 from rankwise.errors import RouteError
 from rankwise.kernels.lowrank import Part
 from rankwise.surgery.routing import Route, Router
@@ -136,7 +136,7 @@ class AdaptedLayer(Stand):
         """An adapter for some rows of an input."""
         factors = self.of(name)
         A, B = factors.factors()
-        gain = None if factors.m is None else factors.m / self._norms(name, factors)
+        gain = None if factors.m is None else gains(factors.m, self._norms(name, factors))
         return Part(start, stop, A, B, factors.scale, factors.dropout, keep, gain)
 
 
