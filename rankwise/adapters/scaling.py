@@ -31,4 +31,13 @@ def alpha_for(rule: Scaling, alpha: float, rank: int, other: int) -> float:
     >>> [alpha_for(rule, 32, 16, 4) for rule in ("alpha/r", "alpha/sqrt(r)", "alpha")]
     [8.0, 16.0, 32.0]
     """
-    return float(f"{effective_scale(rule, alpha, rank) / effective_scale(rule, 1, other):.14g}")  # 32 / 6 * 6 is 32
+    return alpha_of(rule, effective_scale(rule, alpha, rank), other)
+
+
+def alpha_of(rule: Scaling, scale: float, rank: int) -> float:
+    """The alpha with which a rank has a factor; rank 0, which has none, is taken as 1.
+
+    >>> [alpha_of(rule, 2, 16) for rule in ("alpha/r", "alpha/sqrt(r)", "alpha")]
+    [32.0, 8.0, 2.0]
+    """
+    return float(f"{scale / effective_scale(rule, 1, max(rank, 1)):.14g}")  # 32 / 6 * 6 is 32

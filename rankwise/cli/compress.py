@@ -32,7 +32,7 @@ def compress(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Make an adapter smaller, as far as that is shown not to be worse.
+    """Make an adapter smaller where that is shown to do no harm.
 
     Half of the documents choose a size, the other half decide.  The ranks that are left differ from layer to layer.
 

@@ -49,11 +49,15 @@ def _show_adapter(found: dict[str, Any]) -> None:
     width = max((len(path) for path in found["sites"]), default=4)
     print(f"{'site':{width}}  rank     scale      ‖ΔW‖")
     for path, site in found["sites"].items():
-        print(f"{path:{width}}  {site['rank']:4d}  {site['scale']:8.4g}  {site['delta_norm']:8.4g}")
+        print(f"{path:{width}}  {site['rank']:4d}  {site['scale']:8.4g}  {_norm(site['delta_norm']):>8}")
     for path in found["modules"]:
         print(f"{path:{width}}  trained whole")
     for path, tokens in found["tokens"].items():
         print(f"{path:{width}}  rows of tokens {', '.join(map(str, tokens))}")
+
+
+def _norm(found: float | None) -> str:
+    return "–" if found is None else f"{found:.4g}"
 
 
 def _show_model(found: dict[str, Any]) -> None:

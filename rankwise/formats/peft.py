@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rankwise.adapters.adapter import Adapter
 from rankwise.adapters.lowrank import LowRank
+from rankwise.adapters.scaling import Scaling, alpha_of
 from rankwise.adapters.selection import is_within
 from rankwise.adapters.spec import LoraSpec, exactly
 from rankwise.errors import AdapterFileError, listing
@@ -271,10 +272,9 @@ def write_adapter(
 def _config(adapter: Adapter, modules: tuple[str, ...]) -> dict[str, Any]:
     """Ranks come from the tensors and alphas from the scales: PEFT must arrive at exactly these."""
     spec = adapter.spec
-    rooted = spec.scaling == "alpha/sqrt(r)"
+    rule: Scaling = "alpha/sqrt(r)" if spec.scaling == "alpha/sqrt(r)" else "alpha/r"
     ranks = {path: factors.rank for path, factors in adapter.sites.items()}
-    alphas = {path: f.scale * (f.rank**0.5 if rooted else f.rank) for path, f in adapter.sites.items()}
-    alphas = {path: float(f"{alpha:.14g}") for path, alpha in alphas.items()}  # 32 / 6 * 6 is 32
+    alphas = {path: alpha_of(rule, factors.scale, factors.rank) for path, factors in adapter.sites.items()}
     rank, alpha = _commonest(ranks, spec.rank), float(_commonest(alphas, spec.alpha))
     return {
         "peft_type": "LORA",
@@ -285,7 +285,7 @@ def _config(adapter: Adapter, modules: tuple[str, ...]) -> dict[str, Any]:
         "target_modules": _targets(tuple(adapter.sites), modules),
         "modules_to_save": list(adapter.modules) or None,
         "lora_dropout": spec.dropout,
-        "use_rslora": rooted,
+        "use_rslora": rule == "alpha/sqrt(r)",
         "use_dora": spec.form == "dora",
         "bias": "none",
         "inference_mode": True,

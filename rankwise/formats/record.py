@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.adapters.adapter import Adapter
+from rankwise.adapters.scaling import alpha_of
 from rankwise.errors import AdapterFileError, AdapterMismatchError
 from rankwise.formats.tensors import write_text
 
@@ -30,8 +31,8 @@ def describe(adapter: Adapter, base: dict[str, Any], facts: dict[str, Any]) -> d
         "digest": adapter.digest(),
         "parameters": adapter.parameter_count(),
         "sites": {
-            path: {"rank": factors.rank, "scale": factors.scale, "alpha": adapter.spec.alpha_at(path)}
-            for path, factors in adapter.sites.items()
+            path: {"rank": f.rank, "scale": f.scale, "alpha": alpha_of(adapter.spec.scaling, f.scale, f.rank)}
+            for path, f in adapter.sites.items()
         },
         "modules": sorted(adapter.modules),
         "tokens": {path: rows.tokens for path, rows in adapter.tokens.items()},

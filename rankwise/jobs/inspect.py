@@ -19,6 +19,8 @@ from rankwise.tasks import DEFAULT
 def run_inspection(what: str, task: str | None = None) -> dict[str, Any]:
     """Of an adapter: sites with rank, scale and ‖ΔW‖, and the base it expects.  Of a model: its sites by role.
 
+    Without the base nobody knows ‖ΔW‖ of form `dora`: it is None then, and `changes_nothing` False.
+
     Of a model that was trained whole also `trained`: which base it was, and how it was trained.
 
     Args:
@@ -42,11 +44,12 @@ def _adapter(folder: Path) -> dict[str, Any]:
             "rank": factors.rank,
             "scale": factors.scale,
             "shape": [factors.shape.outputs, factors.shape.inputs, *factors.shape.kernel],
-            "delta_norm": factors.delta_norm(),
+            "delta_norm": None if factors.m is not None else factors.delta_norm(),  # which is another with W
         }
         for path, factors in adapter.sites.items()
     }
     bare = not adapter.modules and not adapter.tokens
+    moved = any(site["delta_norm"] is None or site["delta_norm"] for site in sites.values())
     return {
         "kind": "adapter",
         "path": str(folder),
@@ -55,7 +58,7 @@ def _adapter(folder: Path) -> dict[str, Any]:
         "parameters": adapter.parameter_count(),
         "digest": adapter.digest(),
         "spec": adapter.spec.model_dump(mode="json"),
-        "changes_nothing": bare and not any(site["delta_norm"] for site in sites.values()),
+        "changes_nothing": bare and not moved,
         "base": record["base"] if record is not None else _named_base(folder),
         "training": record.get("training") if record is not None else None,
         "modules": sorted(adapter.modules),

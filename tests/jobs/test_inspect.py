@@ -80,6 +80,13 @@ def test_an_adapter_of_zeros_changes_nothing_and_is_said_to(world, tmp_path):
     assert {site["delta_norm"] for site in found["sites"].values()} == {0.0}
 
 
+def test_what_dora_changes_is_not_told_without_the_base(world, tmp_path):
+    write_adapter(tmp_path, world / "llama", form="dora")
+    found = run_inspection(str(tmp_path))
+    assert found["changes_nothing"] is False
+    assert {site["delta_norm"] for site in found["sites"].values()} == {None}
+
+
 def test_a_model_is_shown_by_its_config_alone(world, tmp_path):
     (tmp_path / "config.json").write_text((world / "llama" / "config.json").read_text())
     found = run_inspection(str(tmp_path))
