@@ -80,7 +80,7 @@ def _measure(model: str, settings: dict[str, Any]) -> dict[str, int]:
     base = load_base(model, dtype=machine.dtype, device=machine.device, storage=request.held_as)
     described = describe(model)
     shapes = shapes_of(described.config, described.headers, described.name)
-    process = resident_without(_parameter_bytes(base.model))
+    process = resident_without(_held_bytes(base.model))
     name = None if request.form == WHOLE else _NAME
     loop = Loop(
         max_steps=_STEPS,
@@ -133,8 +133,8 @@ def predicted_training(request: TrainRequest, base: Base, bank: Bank, examples: 
         shapes = shapes_of(base.model.config.to_dict(), {}, base.name)
         asked = _as_plan(request, base, bank, examples)
         # What is loaded by now is the process, the weights and the adapter: the last two are known to the byte.
-        held = _parameter_bytes(base.model)
-        return memory_of(shapes, asked, machine_for(asked), resident_without(held))
+        process = resident_without(_held_bytes(base.model))
+        return memory_of(shapes, asked, machine_for(asked), process).validated(_whole(bank))
     except RankwiseError:  # a model outside the tables is trained all the same
         return None
 
@@ -154,6 +154,7 @@ def _as_plan(request: TrainRequest, base: Base, bank: Bank, examples: Examples) 
     }
     return PlanRequest(
         **(_of_adapter(bank.adapter(bank.names[0]).spec) if bank.names else {"method": WHOLE}),
+        storage=base.storage,
         batch_tokens=max(tokens, request.batch_tokens),
         micro_tokens=tokens,
         document_tokens=max(1, tokens // len(largest)),
@@ -174,8 +175,16 @@ def _written(named: str | tuple[str, ...]) -> str | tuple[str, ...]:
     return f"re:{named}" if isinstance(named, str) and named not in TARGET_ROLES else named
 
 
-def _parameter_bytes(model: torch.nn.Module) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+def _whole(bank: Bank) -> int:
+    """Parameters that an adapter trains whole, beside its factors."""
+    adapters = [bank.adapter(name) for name in bank.names]
+    of_factors = sum(p.numel() for adapter in adapters for site in adapter.sites.values() for p in site.parameters())
+    return sum(adapter.parameter_count() for adapter in adapters) - of_factors
+
+
+def _held_bytes(model: torch.nn.Module) -> int:
+    """Parameters, and the codes that stand for some of them."""
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from rankwise.engine.evaluate import Evaluation
 from rankwise.engine.folder import RunFolder, held_folder
 from rankwise.engine.interrupt import Interrupted
 from rankwise.engine.loop import Outcome, train
-from rankwise.engine.run import Loop, Pruning, Run
+from rankwise.engine.run import Loop
 from rankwise.errors import DataError, RankwiseWarning
 from rankwise.formats.record import WHOLE
 from rankwise.formats.tensors import write_text
@@ -210,10 +210,7 @@ def _begin(
 
 
 def _train(bank: Bank, request: TrainRequest, documents: Documents, folder: RunFolder, watch: Watch) -> Outcome:
-    names = set(Run.model_fields) & set(TrainRequest.model_fields)
     name = None if request.whole else ADAPTER
-    pruning = Pruning(target_rank=request.target_rank, orthogonality=request.orthogonality)
-    run = Run(**{name: getattr(request, name) for name in names}, pruning=pruning)
     names = set(Loop.model_fields) & set(TrainRequest.model_fields)
     loop = Loop(**{name: getattr(request, name) for name in names})
     with tracked(request.track, request.out, request.table()) as track:
@@ -224,7 +221,7 @@ def _train(bank: Bank, request: TrainRequest, documents: Documents, folder: RunF
 
         return train(
             bank,
-            {name: run},
+            {name: request.run},
             documents.train,
             valid=documents.valid,
             loop=loop,

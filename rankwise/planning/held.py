@@ -16,7 +16,8 @@ BYTES_A_WEIGHT: dict[Storage, float] = {
 }
 _MASTER = _GRADIENT = 4  # bytes: float32, whatever the base is held in
 _MOMENTS = 2 * 4  # AdamW's two
-_IMPORTANCE = 3 * 4  # AdaLoRA's, a parameter: the last, its average, its uncertainty (arXiv:2303.10512 §3.2)
+_IMPORTANCE = 2 * 4  # AdaLoRA's, a parameter: its average and its uncertainty (arXiv:2303.10512 §3.2)
+_NORMS = 4  # DoRA's, float32: ‖W‖² and the last norms of each output, and the factors that these are of
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,16 @@ def held_of(shapes: Shapes, ranks: Mapping[str, int], form: Form, storage: Stora
         count = shapes.parameters
         masters = 0 if width == _MASTER else count * _MASTER
         return Held(weights, masters, count * _GRADIENT, count * _MOMENTS, count)
-    count = sum(_factors(form, sites_of(shapes, ranks), ranks))
+    sites = sites_of(shapes, ranks)
+    count = sum(_factors(form, sites, ranks))
     kept = count * _MOMENTS + (count * _IMPORTANCE if form == "adalora" else 0)
-    norms = 4 * sum(site.outputs for site in sites_of(shapes, ranks)) if form == "dora" else 0
-    return Held(weights, count * _MASTER + norms, count * _GRADIENT, kept, count)
+    norms = _NORMS * sum(_factors("lora", sites, ranks)) + 2 * _NORMS * sum(site.outputs for site in sites)
+    return Held(weights, count * _MASTER + (norms if form == "dora" else 0), count * _GRADIENT, kept, count)
+
+
+def held_whole(count: int) -> Held:
+    """Of parameters that an adapter trains whole, beside the base's own: a head, rows of tokens."""
+    return Held(0, count * _MASTER, count * _GRADIENT, count * _MOMENTS, count)
 
 
 def sites_of(shapes: Shapes, ranks: Mapping[str, int]) -> list[Tensor]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from rankwise.adapters.selection import Place, choose
 from rankwise.adapters.spec import LoraSpec
-from rankwise.errors import SpecError, TargetError
+from rankwise.errors import TargetError
 from rankwise.planning.block import Block, blocks_of
-from rankwise.planning.held import held_of, sites_of
+from rankwise.planning.held import held_of, held_whole, sites_of
 from rankwise.planning.limits import CHUNK_BYTES, LEAST_CHUNK, MICRO_TOKENS
 from rankwise.planning.passes import Manner, Pass
 from rankwise.planning.process import ASSUMED
@@ -33,6 +33,7 @@ class Memory:
         process: Python, torch and what they loaded; 0 on a GPU.
         loss_chunk: the logits that exist at once (part of `working`, or less than it).
         loading: the peak while weights are read.
+        best: a copy of what is trained, where validation was best.
     """
 
     weights: int
@@ -44,11 +45,23 @@ class Memory:
     process: int
     loss_chunk: int
     loading: int
+    best: int = 0
 
     @property
     def step(self) -> int:
-        held = self.weights + self.adapters + self.gradients + self.optimiser
+        held = self.weights + self.adapters + self.gradients + self.optimiser + self.best
         return held + self.activations + self.working + self.process
+
+    def validated(self, whole: int) -> Memory:
+        """With so many parameters more, trained whole, and with the copy of the best that validation keeps."""
+        held = held_whole(whole)
+        return replace(
+            self,
+            adapters=self.adapters + held.adapters,
+            gradients=self.gradients + held.gradients,
+            optimiser=self.optimiser + held.optimiser,
+            best=self.gradients + held.gradients,
+        )
 
     @property
     def peak(self) -> int:
@@ -82,10 +95,7 @@ def memory_of(shapes: Shapes, request: PlanRequest, machine: Machine, process: i
 
     Raises:
         TargetError: the targets match nothing.
-        SpecError: full fine-tuning of quantised weights.
     """
-    if request.form == "full" and request.held_as != "dense":
-        raise SpecError("weights in 8 or 4 bits are not trained themselves", hint="leave out storage, or take qlora")
     ranks = {} if request.form == "full" else ranks_of(shapes, request)
     held = held_of(shapes, ranks, request.form, request.held_as, machine.width)
     manner, blocks = _manner(shapes, request, machine), blocks_of(shapes, ranks)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from rankwise.adapters.spec import Blocks, RankPattern, named_targets, readable_exclusions, readable_targets
 from rankwise.kernels.sizes import Storage
@@ -52,6 +52,12 @@ class PlanRequest(Settings):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     kernels: Literal["auto", "compiled", "plain"] = "auto"
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> PlanRequest:
+        if self.form == "full" and self.held_as != "dense":
+            raise ValueError("weights in 8 or 4 bits are not trained themselves; leave out storage, or take qlora")
+        return self
 
     @property
     def form(self) -> Form:
