@@ -169,6 +169,24 @@ def measured(
         return measured_documents(forward, examples, names, micro_tokens, progress)
 
 
+def base_losses(bank: Bank, examples: Examples, frequencies: Sequence[int] = ()) -> np.ndarray:
+    """Summed loss of every document, `[documents]`, of the base, or of what stands in its place (see `evaluate`).
+
+    Raises:
+        DataError: frequencies of other classes.
+    """
+    if not frequencies:
+        return measured(bank, [None], examples)[0][0]
+    labels, classes = getattr(examples, "labels", None), getattr(examples, "classes", ())
+    return -np.log(_shares(frequencies, classes))[labels]
+
+
+def _shares(frequencies: Sequence[int], classes: Sequence[str]) -> np.ndarray:
+    if len(frequencies) != len(classes):
+        raise DataError(f"{len(frequencies)} frequencies for {len(classes)} classes", hint="give one for each class")
+    return (np.asarray(frequencies) + 1) / (np.sum(frequencies) + len(frequencies))  # none is impossible
+
+
 def compared(
     names: Sequence[str],
     examples: Examples,
@@ -187,10 +205,8 @@ def compared(
         DataError: fewer than two documents, or frequencies of other classes.
     """
     labels, classes = getattr(examples, "labels", None), getattr(examples, "classes", ())
-    if frequencies and len(frequencies) != len(classes):
-        raise DataError(f"{len(frequencies)} frequencies for {len(classes)} classes", hint="give one for each class")
     if frequencies:
-        shares = (np.asarray(frequencies) + 1) / (np.sum(frequencies) + len(frequencies))  # none is impossible
+        shares = _shares(frequencies, classes)
         losses = np.vstack([-np.log(shares)[labels], losses])
         predicted = np.vstack([np.full(len(examples), int(shares.argmax())), predicted])
     tokens = examples.supervised_counts()
