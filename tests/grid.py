@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from itertools import product
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -18,7 +20,33 @@ STARTS = ("kaiming", "gaussian")
 RESIDUAL_STARTS = ("pissa", "olora")
 RESIDUAL_FORMS = ("lora", "dora")  # the others have a start of their own
 DATA_STARTS = ("eva", "lora_ga")  # found in documents, by rankwise.begin
+CODE_STARTS = ("loftq",)  # out of what holding a weight in codes took away
 DTYPES = (torch.float32, torch.bfloat16)
+
+
+class Cell(NamedTuple):
+    """One choice of each axis, and a start."""
+
+    form: str
+    scaling: str
+    storage: str
+    start: str
+
+    @property
+    def name(self) -> str:
+        return " ".join(self).replace(" ", "-")
+
+    @property
+    def refused(self) -> bool:
+        """Whether it is an error, and no law is left to hold."""
+        if self.form not in RESIDUAL_FORMS and self.start not in STARTS:
+            return True
+        return self.start in CODE_STARTS and self.storage == "dense"
+
+
+EVERY_START = (*STARTS, *RESIDUAL_STARTS, *DATA_STARTS, *CODE_STARTS)
+EVERY_CELL = [Cell(*choice) for choice in product(FORMS, SCALINGS, STORAGES, EVERY_START)]
+CELLS = [cell for cell in EVERY_CELL if not cell.refused]
 
 
 def spec(targets: tuple[str, ...] | str = "all-linear", **settings: object) -> LoraSpec:

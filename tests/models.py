@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 import transformers as hf
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 VOCAB = 97
 LLAMA = {
@@ -80,6 +81,30 @@ class SmallUNet(nn.Module):
         mixed = nn.functional.scaled_dot_product_attention(self.to_q(flat), self.to_k(flat), self.to_v(flat))
         y = self.up(mixed.transpose(1, 2).unflatten(2, x.shape[2:]))
         return self.volume(self.line(y.flatten(2)).unflatten(2, y.shape[2:]).unsqueeze(1)).flatten(1)
+
+
+class EverySite(nn.Module):
+    """One layer of every kind that can be adapted, each fed by the one before it; rows stay apart throughout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(VOCAB, 12)
+        self.linear = nn.Linear(12, 16)
+        self.across = Conv1D(18, 16)  # transformers' linear layer, which stores [I, O]
+        self.line = nn.Conv1d(18, 6, 3, padding=1)
+        self.plane = nn.Conv2d(1, 5, (3, 2), stride=(1, 2), padding=1, bias=False)
+        self.volume = nn.Conv3d(1, 4, (2, 3, 3), padding=1)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = torch.tanh(self.across(torch.tanh(self.linear(self.words(input_ids)))))
+        x = torch.tanh(self.plane(torch.tanh(self.line(x.transpose(1, 2))).unsqueeze(1)))
+        return self.volume(x.unsqueeze(1)).flatten(1)
+
+
+def every_site(dtype: torch.dtype = torch.float32) -> nn.Module:
+    """An `EverySite` with weights drawn with seed 0; it takes `words`."""
+    torch.manual_seed(0)
+    return EverySite().to(dtype).eval()
 
 
 ARCHITECTURES: dict[str, Architecture] = {

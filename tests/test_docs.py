@@ -3,6 +3,7 @@
 import re
 import shlex
 from pathlib import Path
+from runpy import run_path
 
 import pytest
 import typer
@@ -10,6 +11,7 @@ import typer
 from rankwise.cli.app import app
 from tests.jobs.tasks import write_task
 from tests.jobs.world import write_model, write_rows
+from tests.models import ARCHITECTURES, TASKS
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -71,6 +73,21 @@ def test_both_readmes_show_the_same_commands():
         return [line.split("  ")[0] for line in blocks(ROOT / page, "sh")[1].splitlines()]
 
     assert [re.sub("路径或ID", "PATH_OR_ID", line) for line in shown("README.zh-CN.md")] == shown("README.md")
+
+
+def test_the_command_line_page_has_every_option_as_it_is():
+    script = run_path(str(ROOT / "scripts" / "options.py"))
+    text = script["PAGE"].read_text(encoding="utf-8")
+    assert text == script["page"](text), "docs/cli.md is behind: run .venv/bin/python scripts/options.py"
+    for verb, command in VERBS.items():
+        section = text.split(f"\n### {verb}\n")[1].split("\n### ")[0]
+        assert not [name for one in command.params for name in one.opts if name not in section and name[0] == "-"]
+
+
+def test_the_number_of_architectures_is_what_the_tests_know():
+    known = {*ARCHITECTURES, *(name for models in TASKS.values() for name in models)} - {"llama-tied", "unet"}
+    said = (ROOT / "docs" / "surgery.md").read_text(encoding="utf-8")
+    assert f"The tests know {len(known)} of transformers' architectures" in said
 
 
 def test_every_link_between_pages_leads_somewhere():

@@ -51,6 +51,16 @@ def readable_exclusions(exclude: str | tuple[str, ...]) -> str | tuple[str, ...]
     return exclude if exclude == () else readable_targets(exclude)
 
 
+def _pairs(value: Any) -> Any:
+    """`PATTERN=NUMBER`, once or several times, or a mapping."""
+    if not isinstance(value, str | list | tuple):
+        return value
+    pairs = [str(one).rpartition("=") for one in ([value] if isinstance(value, str) else value)]
+    if not all(pattern for pattern, _, _ in pairs):
+        raise ValueError("expected PATTERN=NUMBER, such as q_proj=8")
+    return {pattern: number for pattern, _, number in pairs}
+
+
 def _readable_patterns(patterns: dict[str, Any]) -> dict[str, Any]:
     for key in patterns:
         _compile(key)
@@ -72,8 +82,8 @@ Alpha = Annotated[float, Field(gt=0)]
 Targets = Annotated[str | tuple[str, ...], AfterValidator(readable_targets)]
 Exclusions = Annotated[str | tuple[str, ...], AfterValidator(readable_exclusions)]
 Blocks = Annotated[str, BeforeValidator(read_blocks)]
-RankPattern = Annotated[dict[str, Rank], AfterValidator(_readable_patterns)]
-AlphaPattern = Annotated[dict[str, Alpha], AfterValidator(_readable_patterns)]
+RankPattern = Annotated[dict[str, Rank], BeforeValidator(_pairs), AfterValidator(_readable_patterns)]
+AlphaPattern = Annotated[dict[str, Alpha], BeforeValidator(_pairs), AfterValidator(_readable_patterns)]
 
 
 TokenIds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], AfterValidator(_each_once)]

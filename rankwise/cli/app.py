@@ -24,6 +24,7 @@ from rankwise.cli.inspect import inspect
 from rankwise.cli.merge import merge
 from rankwise.cli.plan import plan
 from rankwise.cli.quickstart import quickstart
+from rankwise.cli.search import search
 from rankwise.cli.train import train
 from rankwise.engine.interrupt import Interrupt, Interrupted
 from rankwise.errors import RankwiseError, RankwiseWarning
@@ -42,7 +43,7 @@ def _help(verb: Callable[..., None]) -> str:
     return re.sub("^(?=Examples?:$)", "\b\n", cleandoc(verb.__doc__ or ""), flags=re.M)
 
 
-for verb in (quickstart, train, evaluate, chat, merge, compress, inspect, plan, doctor):
+for verb in (quickstart, search, train, evaluate, chat, merge, compress, inspect, plan, doctor):
     app.command(help=_help(verb))(verb)
 
 

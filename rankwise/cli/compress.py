@@ -21,7 +21,11 @@ def compress(
     ] = "2%",
     worth: Annotated[str, typer.Option(help="What goes first: by fisher, activations or plain.")] = "fisher",
     max_length: Annotated[
-        int | None, typer.Option(help="Longest document, in tokens [as in training, else 2048].", show_default=False)
+        int | None,
+        typer.Option(
+            help="Longest document, in tokens [as in training, else 2048; 512 for encoders and seq2seq].",
+            show_default=False,
+        ),
     ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Of the split in halves [as in training, else 0].", show_default=False)

@@ -22,7 +22,11 @@ def evaluate(
     ],
     task: Annotated[str | None, typer.Option(help="What for [as in training].", show_default=False)] = None,
     max_length: Annotated[
-        int | None, typer.Option(help="Longest document, in tokens [as in training, else 2048].", show_default=False)
+        int | None,
+        typer.Option(
+            help="Longest document, in tokens [as in training, else 2048; 512 for encoders and seq2seq].",
+            show_default=False,
+        ),
     ] = None,
     overlong: Annotated[
         str | None, typer.Option(help="Longer ones: truncate or drop [as in training].", show_default=False)

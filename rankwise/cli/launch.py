@@ -6,7 +6,7 @@ import sys
 
 from rankwise.kernels.heap import begin_anew
 
-_HEAVY = ("quickstart", "train", "evaluate", "compress")
+_HEAVY = ("quickstart", "search", "train", "evaluate", "compress")
 
 
 def main() -> None:

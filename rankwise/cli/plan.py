@@ -27,6 +27,7 @@ def plan(
     ] = None,
     exclude: Annotated[str | None, _option("Layers left out of these; said alike [none].")] = None,
     layers: Annotated[str | None, _option("Blocks by number, such as 0-11,20 or 16- [all].")] = None,
+    rank_pattern: Annotated[list[str] | None, _option("Other ranks; may be repeated.", metavar="NAME=RANK")] = None,
     dropout: Annotated[float | None, _option("Dropout of the adapter's input [0].")] = None,
     batch_tokens: Annotated[int | None, _option("Tokens of one optimiser step [4096].")] = None,
     micro_tokens: Annotated[int | None, _option("Tokens at once [by device].")] = None,
@@ -70,7 +71,8 @@ def _show(found: dict[str, Any]) -> None:
     print(f"{found['model']}: {found['parameters']:,} parameters, from {found['source']}")
     named = {name: _named(asked[name]) for name in ("targets", "exclude", "layers")}
     fewer = [f"{words} {named[name]}" for name, words in (("exclude", "without"), ("layers", "blocks")) if named[name]]
-    what = (asked["method"], asked["storage"], f"rank {asked['rank']}", named["targets"], *fewer)
+    ranks = (f"rank {asked['rank']}", *(f"{name}={rank}" for name, rank in asked["rank_pattern"].items()))
+    what = (asked["method"], asked["storage"], *ranks, named["targets"], *fewer)
     print(f"{', '.join(what)}, {machine['dtype']} on {machine['device']}")
     for part in _PARTS:
         print(f"  {part:12} {shown(memory[part]):>9}")

@@ -22,11 +22,12 @@ class Setting(NamedTuple):
 # fmt: off
 SETTINGS: tuple[Setting, ...] = (
     # the run
-    Setting("model", str, "Base model: a folder, or an id on the hub.", "PATH_OR_ID"),
-    Setting("data", list[str], "Documents to learn from; may be repeated.", "FILE"),
-    Setting("out", Path, "Folder of the run; must be new.", "DIR"),
+    Setting("model", str, "Base model: a folder, or an id on the hub [required].", "PATH_OR_ID"),
+    Setting("data", list[str], "Documents to learn from; may be repeated [required].", "FILE"),
+    Setting("out", Path, "Folder of the run; must be new [required].", "DIR"),
     Setting("task", str, "causal-lm, masked-lm, seq2seq, sequence-classification or image-classification [causal-lm]."),
     Setting("valid", str, "Documents to judge by [some are held back].", "FILE"),
+    Setting("hold_back", float, "Share of the documents that is held back without --valid [0.05, at most 500]."),
     Setting("test", str, "Documents for the last comparison with the base.", "FILE"),
     Setting("config", Path, "Settings in YAML; options go before it.", "RUN.YAML"),
     Setting("resume", None, "Go on from the newest checkpoint in --out."),
@@ -55,7 +56,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("add_tokens", str, "New tokens with rows of their own, with commas."),
     # learning
     Setting("lr", float, "Peak learning rate [2e-4; 5e-4 for some tasks; of form full a tenth]."),
-    Setting("lr_ratio", float, "LoRA+: B learns at so many times --lr [1]."),
+    Setting("lr_ratio", float, "LoRA+: B, and the magnitudes of form dora, learn at so many times --lr [1]."),
     Setting("schedule", str, "linear, cosine or constant [linear]."),
     Setting("warmup", float, "Share of the steps in which it rises [0.03]."),
     Setting("weight_decay", float, "AdamW's weight decay [0]."),
@@ -68,7 +69,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("evaluate_every", int, "Steps between evaluations [ten a run]."),
     Setting("save_every", int, "Steps between checkpoints [at evaluations]."),
     # documents
-    Setting("max_length", int, "Longest document, in tokens [2048; 512 for encoders]."),
+    Setting("max_length", int, "Longest document, in tokens [2048; 512 for encoders and seq2seq]."),
     Setting("overlong", str, "Longer ones: truncate or drop [truncate]."),
     Setting("train_on", str, "all or last assistant turns [all]."),
     # the machine

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from rankwise.engine.run import Run
@@ -24,11 +23,14 @@ class Rate:
     names: tuple[str, ...]
 
 
-def rates(bank: Bank, name: str, run: Run) -> list[Rate]:
-    """Every trained tensor of an adapter in exactly one group.
+def rates(bank: Bank, name: str | None, run: Run) -> list[Rate]:
+    """Every trained tensor of an adapter in exactly one group; of the base (None) all weights learn and decay alike.
 
     Embeddings have no fast side: there A starts at zero and B is random, and words are met at rates of their own.
     """
+    if name is None:
+        learning = [path for path, weight in bank.model.named_parameters() if weight.requires_grad]
+        return [Rate("whole", 1.0, run.weight_decay, tuple(learning))]
     roles: dict[str, str] = {}
     for path in bank.adapter(name).sites:
         lookup = bank.sites[path].kind.lookup
@@ -44,8 +46,3 @@ def rates(bank: Bank, name: str, run: Run) -> list[Rate]:
         decay = 0.0 if role in ("m", "token rows") else run.weight_decay / factor
         groups.append(Rate(role, factor, decay, tuple(names)))
     return groups
-
-
-def one_rate(names: Iterable[str], run: Run) -> list[Rate]:
-    """Of the base itself: all its weights learn and decay alike."""
-    return [Rate("whole", 1.0, run.weight_decay, tuple(names))]

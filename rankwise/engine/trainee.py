@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.engine.pruning import PARTS, Allocator
-from rankwise.engine.rates import one_rate, rates
+from rankwise.engine.rates import rates
 from rankwise.engine.run import Run
 from rankwise.engine.weights import Weights
 from rankwise.errors import SpecError
@@ -91,7 +91,7 @@ class Trainee:
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
             parameter.grad = None  # one that stays so was never reached
-        self.rates = one_rate(self.parameters, run) if name is None else rates(bank, name, run)
+        self.rates = rates(bank, name, run)
         self.optimiser = torch.optim.AdamW(
             [{"params": [self.parameters[n] for n in r.names], "weight_decay": r.weight_decay} for r in self.rates],
             lr=run.lr,

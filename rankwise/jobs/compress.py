@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from os.path import expanduser
 from pathlib import Path
@@ -21,7 +20,7 @@ from rankwise.jobs.machine import machine_facts, versions
 from rankwise.jobs.place import whole_folder
 from rankwise.jobs.reader import check_sources, load_for, reader_for
 from rankwise.jobs.vocabulary import with_tokens_of
-from rankwise.jobs.watch import Advance, Watch
+from rankwise.jobs.watch import Stages, Watch
 from rankwise.jobs.whole import check_adapters
 from rankwise.reports.card import write_card
 from rankwise.reports.page import write_report
@@ -69,7 +68,7 @@ def run_compression(
         subject = _subject(model, adapter, data, watch, force=force, **how)
         with Bank(subject.base.model) as bank:
             load_adapter(bank, _NAME, adapter, subject.base, subject.digest, force=force)
-            with _Stages(watch) as stages:
+            with Stages(watch) as stages:
                 settings: dict[str, Any] = {"worth": by, "tolerance": allowed, "seed": subject.seed}
                 shares = frequencies(subject.base, subject.classes)
                 found = compress(bank, _NAME, subject.documents, **settings, frequencies=shares, advance=stages)
@@ -146,25 +145,3 @@ def _tell(found: Compression, place: Path, watch: Watch) -> None:
     with watch.stage("writing the report"):
         write_report(place)
         write_card(place)
-
-
-class _Stages:
-    """Turns what `compress` tells into stages of a watch, one after the other, for the length of a `with`."""
-
-    def __init__(self, watch: Watch) -> None:
-        self.watch = watch
-        self._title = ""
-        self._advance: Advance = lambda share: None
-        self._held = ExitStack()
-
-    def __enter__(self) -> _Stages:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._held.close()
-
-    def __call__(self, title: str, share: float) -> None:
-        if title != self._title:
-            self._held.close()
-            self._title, self._advance = title, self._held.enter_context(self.watch.stage(title))
-        self._advance(share)

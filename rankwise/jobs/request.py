@@ -24,7 +24,7 @@ from rankwise.adapters.spec import (
     readable_exclusions,
     readable_targets,
 )
-from rankwise.engine.run import Start
+from rankwise.engine.run import Loop, Pruning, Run, Start
 from rankwise.errors import SpecError
 from rankwise.formats.record import WHOLE
 from rankwise.jobs.defaults import by_itself
@@ -46,16 +46,6 @@ def _one_or_many(value: Any) -> Any:
 
 def _by_commas(value: Any) -> Any:
     return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
-
-
-def _pairs(value: Any) -> Any:
-    """`PATTERN=NUMBER`, once or several times, or a mapping."""
-    if not isinstance(value, str | list | tuple):
-        return value
-    pairs = [str(one).rpartition("=") for one in _one_or_many(value)]
-    if not all(pattern for pattern, _, _ in pairs):
-        raise ValueError("expected PATTERN=NUMBER, such as q_proj=8")
-    return {pattern: number for pattern, _, number in pairs}
 
 
 def _targets(value: str | tuple[str, ...]) -> str | tuple[str, ...]:
@@ -114,7 +104,8 @@ class TrainRequest(Settings):
     data: Annotated[Repeated, AfterValidator(_at_home)] = Field(min_length=1)
     out: Annotated[Path, AfterValidator(_at_home)]
     task: TaskName = _default("causal-lm", "the model learns to go on with a text, or to answer")
-    valid: Place = _default(None, "a twentieth of the documents, at most 500, is set aside")
+    valid: Place = _default(None, "documents are held back")
+    hold_back: float | None = _default(None, "a twentieth of the documents, at most 500", gt=0, lt=1)
     test: Place = _default(None, "the comparison with the base is made on the validation documents")
     continue_from: Annotated[Path | None, AfterValidator(_at_home)] = _default(None, "a fresh adapter")
     resume: bool = _default(False, "a new run")
@@ -136,8 +127,8 @@ class TrainRequest(Settings):
     init: Init = _default("kaiming", "as loralib and PEFT; the others begin with directions of the weight or the data")
     init_documents: int = _default(128, "as LoRA-GA's authors; eva looks at fewer where it is sure sooner", ge=1)
     init_rho: float = _default(2.0, "as EVA's authors: a layer may come to twice its rank, under the same total", ge=1)
-    rank_pattern: Annotated[RankPattern, BeforeValidator(_pairs)] = _default({}, "one rank everywhere")
-    alpha_pattern: Annotated[AlphaPattern, BeforeValidator(_pairs)] = _default({}, "one alpha everywhere")
+    rank_pattern: RankPattern = _default({}, "one rank everywhere")
+    alpha_pattern: AlphaPattern = _default({}, "one alpha everywhere")
     target_rank: int | None = _default(None, "of form adalora: two thirds of the rank at the start", ge=1)
     orthogonality: float = _default(0.1, "of form adalora: as its paper", ge=0)
     modules_to_save: Names = _default((), "nothing is trained whole")
@@ -207,6 +198,8 @@ class TrainRequest(Settings):
             raise ValueError(f"continue_from takes the adapter as it is; leave out {', '.join(clash)}")
         if self.batch_documents is not None and "batch_tokens" in self.model_fields_set:
             raise ValueError("a step is counted in batch_tokens or in batch_documents, not in both")
+        if self.valid is not None and self.hold_back is not None:
+            raise ValueError("hold_back sets documents aside where there is no valid; leave one of them out")
         astray = sorted(_OF_PRUNING & self.model_fields_set)
         if self.form != "adalora" and astray:
             raise ValueError(f"{', '.join(astray)}: of form adalora alone, and the form is {self.form}")
@@ -238,6 +231,16 @@ class TrainRequest(Settings):
         values["modules_to_save"] = tuple(dict.fromkeys([*self.modules_to_save, *fresh]))
         named = {name: named_targets(getattr(self, name)) for name in ("targets", "exclude")}
         return LoraSpec(alpha=self._alpha, **named, **values)
+
+    @property
+    def run(self) -> Run:
+        same = set(Run.model_fields) & set(type(self).model_fields)
+        pruning = Pruning(target_rank=self.target_rank, orthogonality=self.orthogonality)
+        return Run(**{name: getattr(self, name) for name in same}, pruning=pruning)
+
+    @property
+    def loop(self) -> Loop:
+        return Loop(**{name: getattr(self, name) for name in set(Loop.model_fields) & set(type(self).model_fields)})
 
     @property
     def start(self) -> Start:

@@ -16,35 +16,31 @@ import json
 import signal
 import time
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rankwise.adapters.spec import LoraSpec
-from rankwise.data.classes import Classes
-from rankwise.data.tokeniser import add_tokens
 from rankwise.engine.begin import COMPUTED_STARTS, begin
 from rankwise.engine.evaluate import Evaluation
 from rankwise.engine.folder import RunFolder, held_folder
 from rankwise.engine.interrupt import Interrupted
 from rankwise.engine.loop import Outcome, train
-from rankwise.engine.run import Loop
 from rankwise.errors import DataError, RankwiseWarning
 from rankwise.formats.record import WHOLE
 from rankwise.formats.tensors import write_text
-from rankwise.frozen.load import Base
 from rankwise.jobs.documents import Documents, read_documents
 from rankwise.jobs.evaluate import after_training, evaluate_finite, frequencies, load_adapter
 from rankwise.jobs.machine import machine_facts, peak_memory_bytes, versions
 from rankwise.jobs.plan import predicted_training
 from rankwise.jobs.plan_text import plan_text
-from rankwise.jobs.reader import Reader, check_sources, learnt_classes, load_for, reader_for
 from rankwise.jobs.request import TrainRequest
 from rankwise.jobs.samples import Asked, asked_of
+from rankwise.jobs.subject import Subject, subject_of
 from rankwise.jobs.tracking import check_trackers, tracked
-from rankwise.jobs.vocabulary import token_counts, with_tokens_of
+from rankwise.jobs.vocabulary import token_counts
 from rankwise.jobs.watch import Advance, Watch
-from rankwise.jobs.whole import Before, before_training, check_adapters, save_whole
+from rankwise.jobs.whole import Before, before_training, save_whole
 from rankwise.reports.card import write_card
 from rankwise.reports.page import write_report
 from rankwise.reports.reader import read_run
@@ -81,28 +77,9 @@ def _way_on(request: TrainRequest, saved: str) -> str:
     return f" before the first step.  Begin again with:\n  {request.command()}"
 
 
-@dataclass(frozen=True)
-class _Subject:
-    """What a run is about.
-
-    Attributes:
-        base: the model, and the tokenizer with every token that the adapter has for itself.
-        reader: how the model is talked to.
-        classes: what it is to tell apart; None for a task without.
-        new_tokens: numbers of those that were added for this run.
-        enlarged: the tokenizer is not the base's own, and travels with the adapter.
-    """
-
-    base: Base
-    reader: Reader
-    classes: Classes | None
-    new_tokens: tuple[int, ...]
-    enlarged: bool
-
-
 def _run(request: TrainRequest, folder: RunFolder, watch: Watch) -> dict[str, Any]:
     check_trackers(request.track)
-    subject = _subject(request, watch)
+    subject = subject_of(request, watch)
     base = subject.base
     documents = read_documents(request, subject.reader, watch)
     asked = asked_of(base.model, base.tokenizer, subject.reader, documents.test)
@@ -140,7 +117,7 @@ def _run(request: TrainRequest, folder: RunFolder, watch: Watch) -> dict[str, An
 
 
 def _adapter(
-    bank: Bank, request: TrainRequest, subject: _Subject, documents: Documents, folder: RunFolder, watch: Watch
+    bank: Bank, request: TrainRequest, subject: Subject, documents: Documents, folder: RunFolder, watch: Watch
 ) -> Start | None:
     """Adds the adapter that is trained; what a fresh one took, where it is more than chance."""
     if request.continue_from is not None:
@@ -151,7 +128,7 @@ def _adapter(
 
 
 def _save_adapter(
-    bank: Bank, request: TrainRequest, subject: _Subject, begun: Start | None, facts: dict[str, Any]
+    bank: Bank, request: TrainRequest, subject: Subject, begun: Start | None, facts: dict[str, Any]
 ) -> None:
     own: dict[str, Any] = {"new_tokens": dict(zip(request.add_tokens, subject.new_tokens, strict=True))}
     if begun is not None:
@@ -173,29 +150,6 @@ def _answers(bank: Bank, asked: Asked, before: Before | None, advance: Advance) 
     return base, asked.answers(bank, ADAPTER, lambda share: advance(0.5 + share / 2))
 
 
-def _subject(request: TrainRequest, watch: Watch) -> _Subject:
-    """The model with its reader; what is wrong with the sources is found out before anything is loaded."""
-    check_adapters(list(filter(None, [request.continue_from])), "train it further as --model, with --form full or not")
-    judged = {part: source for part in ("valid", "test") if (source := getattr(request, part)) is not None}
-    check_sources(request.task, [*request.data, *judged.values()])
-    classes = learnt_classes(request.task, request.data, judged)
-    with watch.stage(f"loading {request.model}"):
-        loaded, classes = load_for(request.model, request.task, classes, **_loading(request))
-    base = with_tokens_of(loaded, list(filter(None, [request.continue_from])), force=request.force)
-    new_tokens = add_tokens(base.tokenizer, request.add_tokens) if request.add_tokens else ()
-    reading: dict[str, Any] = {name: getattr(request, name) for name in ("max_length", "overlong", "train_on", "seed")}
-    reader = reader_for(base, classes, **reading)
-    return _Subject(base, reader, classes, new_tokens, bool(new_tokens) or base is not loaded)
-
-
-def _loading(request: TrainRequest) -> dict[str, Any]:
-    """What `load_base` is told besides the task."""
-    ranks = [request.rank, *request.rank_pattern.values()]
-    remainder = max(ranks) if request.init == "loftq" and not request.whole else 0
-    told = {name: getattr(request, name) for name in ("dtype", "device", "storage", "seed")}
-    return told | {"remainder_rank": remainder}
-
-
 def _begin(
     bank: Bank, request: TrainRequest, spec: LoraSpec, documents: Documents, folder: RunFolder, watch: Watch
 ) -> Start | None:
@@ -211,8 +165,6 @@ def _begin(
 
 def _train(bank: Bank, request: TrainRequest, documents: Documents, folder: RunFolder, watch: Watch) -> Outcome:
     name = None if request.whole else ADAPTER
-    names = set(Loop.model_fields) & set(TrainRequest.model_fields)
-    loop = Loop(**{name: getattr(request, name) for name in names})
     with tracked(request.track, request.out, request.table()) as track:
 
         def observe(event: dict[str, Any]) -> None:
@@ -224,14 +176,14 @@ def _train(bank: Bank, request: TrainRequest, documents: Documents, folder: RunF
             {name: request.run},
             documents.train,
             valid=documents.valid,
-            loop=loop,
+            loop=request.loop,
             out=folder,
             resume=request.resume,
             observe=observe,
         )[name]
 
 
-def _facts(request: TrainRequest, subject: _Subject, documents: Documents) -> dict[str, Any]:
+def _facts(request: TrainRequest, subject: Subject, documents: Documents) -> dict[str, Any]:
     base, classes = subject.base, subject.classes
     return {
         "task": request.task,
@@ -245,7 +197,7 @@ def _facts(request: TrainRequest, subject: _Subject, documents: Documents) -> di
     }
 
 
-def _warn_of_unmet(subject: _Subject, documents: Documents) -> None:
+def _warn_of_unmet(subject: Subject, documents: Documents) -> None:
     """A token that is never met is a slip of the finger, as often as not."""
     counts = token_counts(subject.base.tokenizer, subject.new_tokens, documents.train)
     unmet = [text for text, count in counts.items() if not count]
@@ -298,7 +250,7 @@ def _finish(
 
 
 def _compared(
-    bank: Bank, subject: _Subject, documents: Documents, before: Before | None, watch: Watch
+    bank: Bank, subject: Subject, documents: Documents, before: Before | None, watch: Watch
 ) -> Evaluation | None:
     """The comparison, or a warning in its place: what was learnt is saved, so this must not end the run."""
     if len(documents.test) < 2:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Protocol
 
 Advance = Callable[[float], None]  # how far a stage is, from 0 to 1
@@ -37,3 +37,25 @@ class Quiet:
 
     def event(self, event: dict[str, Any]) -> None:
         pass
+
+
+class Stages:
+    """Stages of a watch, one after the other, told by title and share; for the length of a `with`."""
+
+    def __init__(self, watch: Watch) -> None:
+        self.watch = watch
+        self._title = ""
+        self._advance: Advance = lambda share: None
+        self._held = ExitStack()
+
+    def __enter__(self) -> Stages:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._held.close()
+
+    def __call__(self, title: str, share: float) -> None:
+        if title != self._title:
+            self._held.close()
+            self._title, self._advance = title, self._held.enter_context(self.watch.stage(title))
+        self._advance(share)

@@ -59,7 +59,7 @@ def render(run: Run) -> str:
     comparisons = _comparisons(run.evaluation) if run.evaluation else ()
     paired = comparisons[0].paired if comparisons else None
     return (
-        _environment()
+        environment()
         .get_template("page.html")
         .render(
             run=run,
@@ -83,7 +83,8 @@ def render(run: Run) -> str:
 
 
 @cache
-def _environment() -> Environment:
+def environment() -> Environment:
+    """Templates of this room; whatever they are given is escaped."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,

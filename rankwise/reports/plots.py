@@ -34,7 +34,7 @@ EVEN_STEPS = (1, 2, 5, 10)
 class Key:
     """One line of a legend; `style` and `role` name the swatch in the stylesheet."""
 
-    style: Literal["faint", "line", "dots", "dotted", "dashed", "area", "ring"]
+    style: Literal["faint", "line", "dots", "dotted", "dashed", "area", "band", "ring"]
     role: str
     label: str
 
@@ -76,7 +76,7 @@ def loss_plot(run: Run) -> Plot | None:
             _draw_track(axes, track, raw=len(tracks) == 1)
         if base is not None:
             axes.axhline(base, color=colour("ink"), linewidth=1.2, linestyle=(0, (5, 4)))
-            _label(
+            label(
                 axes,
                 f"{words.reference} {decimal(base)}",
                 (1, base),
@@ -149,7 +149,7 @@ def _mark_best(axes: Any, best: Validation, *, last: float) -> None:
         best.step, best.loss, "o", markersize=13, markerfacecolor="none", markeredgecolor=colour("tuned"), zorder=4
     )
     side = "right" if best.step > last / 2 else "left"
-    _label(axes, f"best {decimal(best.loss or 0)}", (best.step, best.loss), (6 if side == "right" else -6, -20), side)
+    label(axes, f"best {decimal(best.loss or 0)}", (best.step, best.loss), (6 if side == "right" else -6, -20), side)
 
 
 def _loss_keys(tracks: Sequence[Track], reference: str | None, best: Validation | None) -> tuple[Key, ...]:
@@ -194,7 +194,7 @@ def interval_plot(evaluation: Evaluation, words: Words = USUAL) -> Plot:
         axes.set_xlabel(f"difference to {words.against}, nats per {words.unit}")
         axes.xaxis.set_major_locator(MaxNLocator(5, steps=EVEN_STEPS))
         axes.xaxis.set_major_formatter(
-            FuncFormatter(lambda value, _: _difference(value) if value else f"0 = {words.reference}")
+            FuncFormatter(lambda value, _: difference(value) if value else f"0 = {words.reference}")
         )
         axes.set_title("← better", loc="left", color=colour("tuned"), fontsize=12)
         axes.set_title("worse →", loc="right", color=colour("worse"), fontsize=12)
@@ -213,7 +213,7 @@ def _draw_interval(axes: Any, row: int, adapter: AdapterLoss, evaluation: Evalua
     if len(evaluation.adapters) > 1:
         short = adapter.name if len(adapter.name) <= LONGEST_NAME else f"{adapter.name[: LONGEST_NAME - 1]}…"
         text = f"{short}: {text}"
-    _label(axes, text, (delta.mean, row), (0, 10), "center", weight="bold")
+    label(axes, text, (delta.mean, row), (0, 10), "center", weight="bold")
 
 
 def documents_plot(paired: Paired, words: Words = USUAL) -> Plot:
@@ -233,7 +233,7 @@ def documents_plot(paired: Paired, words: Words = USUAL) -> Plot:
         axes.set_xlabel("documents, sorted by what training changed")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(6, steps=EVEN_STEPS))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _difference(value)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: difference(value)))
         axes.set_title(
             f"nats per {words.unit}, tuned − {words.reference}", loc="left", color=colour("muted"), fontsize=12
         )
@@ -286,12 +286,12 @@ def compression_plot(found: Compression, words: Words = USUAL) -> Plot:
             at, shade = 100 * size.parameters / whole, colour("tuned" if size.within else "worse")
             axes.plot([at, at], [size.delta.low, size.delta.high], color=shade, linewidth=5, alpha=0.35)
             axes.plot(at, size.delta.mean, "o", color=shade, markersize=9, markeredgecolor=colour("surface"))
-        _label(axes, f"{100 * found.kept:.0f} %", (100 * found.kept, found.delta.high), (0, 6), "center", weight="bold")
+        label(axes, f"{100 * found.kept:.0f} %", (100 * found.kept, found.delta.high), (0, 6), "center", weight="bold")
         axes.set_xlim(0, 103)
         axes.set_ylim(bottom, top)
         axes.set_xlabel("parameters kept, %")
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=EVEN_STEPS))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _difference(value)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: difference(value)))
         axes.set_title(
             f"nats per {words.unit}, against the whole adapter", loc="left", color=colour("muted"), fontsize=12
         )
@@ -356,11 +356,12 @@ def _steps_below(axes: Any, unit: str) -> None:
     axes.set_title(unit, loc="left", color=colour("muted"), fontsize=12)
 
 
-def _difference(value: float) -> str:
+def difference(value: float) -> str:
+    """A difference on an axis, with its sign."""
     return f"{value:+g}".replace("-", MINUS) if value else "0"
 
 
-def _label(axes: Any, text: str, at: Any, offset: tuple[int, int], side: str, **style: Any) -> None:
+def label(axes: Any, text: str, at: Any, offset: tuple[int, int], side: str, **style: Any) -> None:
     """Words at a point of the data, moved by some pixels."""
     transform = style.pop("transform", axes.transData)
     axes.annotate(

@@ -75,7 +75,7 @@ def _read_json(path: Path, shape: TypeAdapter[T], problems: list[str]) -> T | No
     try:
         return shape.validate_json(path.read_bytes(), strict=True)
     except ValidationError as error:
-        problems += _sentences(path.name, error)
+        problems += sentences(path.name, error)
         return None
 
 
@@ -91,7 +91,7 @@ def _read_metrics(folder: Path, problems: list[str]) -> list[Line]:
         try:
             lines.append(_line(json.loads(raw)))
         except ValidationError as error:
-            problems += _sentences(f"{METRICS}:{number}", error)
+            problems += sentences(f"{METRICS}:{number}", error)
         except ValueError as error:
             # A crash may cut the last line, which then has no end; anywhere else a broken line is damage.
             if number <= len(whole):
@@ -169,7 +169,8 @@ def _close(a: float, b: float) -> bool:
     return math.isclose(a, b, rel_tol=SAME, abs_tol=SAME)
 
 
-def _sentences(where: str, error: ValidationError) -> list[str]:
+def sentences(where: str, error: ValidationError) -> list[str]:
+    """One for each value that is missing or malformed."""
     return [
         ": ".join(part for part in (where, ".".join(map(str, problem["loc"])), problem["msg"]) if part)
         for problem in error.errors(include_url=False)

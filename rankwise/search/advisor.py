@@ -145,38 +145,45 @@ class Advisor:
     def find_rate(self) -> None:
         """Successive halving; a best one at an end of what was tried is a reason to try further."""
         alive = [self.run.lr * 2.0**power for power in self.budget.powers]
-        rungs, edge = [], True
-        rates: list[float] = []
-        standing: list[Standing] = []
+        rungs = []
         for share in self.budget.rungs:
-            rates, standing, edge, found = self._rung(sorted(alive), share)
-            learnt = [(one.loss, lr) for one, lr in zip(standing, rates, strict=True) if one.loss is not None]
-            alive = [lr for _, lr in sorted(learnt)[: max(2, len(rates) // 2)]]
+            rung = self._rung(sorted(alive), share)
+            learnt = [(one.loss, lr) for one, lr in zip(rung.standing, rung.rates, strict=True) if one.loss is not None]
+            stay = max(2, len(rung.rates) // 2) if rung.learns else len(rung.rates)
+            alive = [lr for _, lr in sorted(learnt)[:stay]]
             points = [
-                {"lr": lr, "status": status, **_told(own), "kept": lr in alive}
-                for lr, own, status in zip(rates, standing, found, strict=True)
+                {"lr": lr, "status": status, **own.told(), "kept": lr in alive}
+                for lr, own, status in zip(rung.rates, rung.standing, rung.statuses, strict=True)
             ]
             rungs.append({"share": share, "points": points})
-        best = lowest([own.loss for own in standing])
-        alike = [lr for lr, own in zip(rates, standing, strict=True) if own.enough or own.verdict == "cannot tell"]
-        self.run = self.run.model_copy(update={"lr": rates[best]})
-        told = {"best": rates[best], "interior": not edge, "alike": alike, "rungs": rungs}
-        self.record["rate"] = {"rank": self.spec.rank, **told}
+        near = [own.enough or own.verdict == "cannot tell" for own in rung.standing]
+        alike = [lr for lr, close in zip(rung.rates, near, strict=True) if close]
+        self.run = self.run.model_copy(update={"lr": rung.rates[rung.best]})
+        self.record["rate"] = {
+            "rank": self.spec.rank,
+            "best": rung.rates[rung.best],
+            "interior": rung.learns and not rung.at_edge,
+            "alike": alike,
+            "rungs": rungs,
+        }
 
-    def _rung(self, rates: list[float], share: float) -> tuple[list[float], list[Standing], bool, list[str]]:
-        """Rates of one length, with neighbours of the best until it has one on either side; whether it lacks one."""
-        for extended in range(2 * _EXTENDED + 1):
+    def _rung(self, rates: list[float], share: float) -> _Rung:
+        """Rates of one length, with neighbours of the best until it has one on either side.
+
+        Where even the best is not measurably better than the base, the length says nothing about rates (the lower one
+        is, the nearer it stays to the base), and none is tried beyond.
+        """
+        for extended in range(_EXTENDED + 1):
             found = self.trials.made("rate", [self.candidate(lr=lr) for lr in rates], [0], share)
             losses = self.losses(found)
             best = lowest(self._means(losses))
-            edge = best in (0, len(rates) - 1)
-            if not edge or extended == 2 * _EXTENDED:
+            gain = self.gain(_known(losses[best]))
+            standing = standings(losses, self.trials.items("choose"), gain["mean"], self.noise)
+            rung = _Rung(rates, standing, [row[0].status for row in found], best, gain["low"] > 0)
+            if not rung.at_edge or not rung.learns or extended == _EXTENDED:
                 break
             rates = sorted([*rates, rates[best] * (0.5 if best == 0 else 2.0)])
-        own = losses[best]
-        assert own is not None
-        standing = standings(losses, self.trials.items("choose"), self.gain(own)["mean"], self.noise)
-        return rates, standing, edge, [row[0].status for row in found]
+        return rung
 
     def _means(self, losses: Sequence[np.ndarray | None]) -> list[float | None]:
         means = [self.mean(own) for own in losses]
@@ -195,14 +202,13 @@ class Advisor:
         found = self.trials.made("targets", [self.candidate(ranks[n], targets=n) for n in names], [0], share)
         losses = self.losses(found)
         best = lowest(self._means(losses))
-        own = losses[best]
-        assert own is not None
-        standing = standings(losses, self.trials.items("choose"), self.gain(own)["mean"], self.noise)
+        gain = self.gain(_known(losses[best]))["mean"]
+        standing = standings(losses, self.trials.items("choose"), gain, self.noise)
         begun = names.index(self._layers)
         chosen = names[best] if standing[begun].verdict in ("worse", "failed") else self._layers
         points = [
             {"targets": name, "rank": ranks[name], "parameters": ranks[name] * self.parameters[name]}
-            | {"status": row[0].status, **_told(one), "verdict": one.verdict}
+            | {"status": row[0].status, **one.told(), "verdict": one.verdict}
             for name, one, row in zip(names, standing, found, strict=True)
         ]
         self.record["targets"] = {"best": names[best], "chosen": chosen, "points": points}
@@ -223,9 +229,7 @@ class Advisor:
             if best < len(ranks) - 1 or self.given or ranks[-1] >= _LARGEST:
                 break
             self.ranks = (*self.ranks, 2 * ranks[-1])
-        own = losses[best]
-        assert own is not None
-        gain = self.gain(own)["mean"]
+        gain = self.gain(_known(losses[best]))["mean"]
         standing = standings(losses, items, gain, self.noise)
         often = chosen_in(losses, items, gain, self.noise)
         chosen = smallest(standing)
@@ -236,7 +240,7 @@ class Advisor:
             "tolerance": standing[best].tolerance,
             "seeds": 1,
             "points": [
-                {"rank": rank, "parameters": rank * each, "status": row[0].status, **_told(one, upper=True)}
+                {"rank": rank, "parameters": rank * each, "status": row[0].status, **one.told(upper=True)}
                 | {"verdict": one.verdict, "chosen_in": share}
                 for rank, one, row, share in zip(ranks, standing, found, often, strict=True)
             ],
@@ -291,7 +295,7 @@ class Advisor:
             list(losses.values()), self.trials.items("choose"), self.gain(own)["mean"], self.noise, best=0
         )
         points = [
-            {"name": name, "status": found[name].status, **_told(one), "verdict": _better(one)}
+            {"name": name, "status": found[name].status, **one.told(), "verdict": one.better}
             for name, one in zip(losses, standing, strict=True)
             if name in self.methods
         ]
@@ -357,6 +361,27 @@ class Advisor:
         return self.spec.targets if isinstance(self.spec.targets, str) else "named layers"
 
 
+@dataclass(frozen=True)
+class _Rung:
+    """Rates of one length, ascending, and what they gave; `learns`: the best is measurably better than the base."""
+
+    rates: list[float]
+    standing: list[Standing]
+    statuses: list[str]
+    best: int
+    learns: bool
+
+    @property
+    def at_edge(self) -> bool:
+        return self.best in (0, len(self.rates) - 1)
+
+
+def _known(losses: np.ndarray | None) -> np.ndarray:
+    """Of a candidate that did not fail, as the best of several has not."""
+    assert losses is not None
+    return losses
+
+
 _PARTS = ("choose", "confirm")
 _TARGETS = ("attention", "mlp", "all-linear")
 _NONE = {"mean": 0.0, "low": 0.0, "high": 0.0, "upper": 0.0}
@@ -365,18 +390,3 @@ _NONE = {"mean": 0.0, "low": 0.0, "high": 0.0, "upper": 0.0}
 def _power(number: float) -> int:
     """The next power of two."""
     return 2 ** math.ceil(math.log2(max(number, 1)))
-
-
-def _told(standing: Standing, *, upper: bool = False) -> dict[str, Any]:
-    delta = bounds(standing.delta)
-    if delta is not None and not upper:
-        delta.pop("upper")
-    return {"loss": standing.loss, "delta": delta}
-
-
-def _better(standing: Standing) -> str:
-    """Of a method beside what was found without it."""
-    if standing.delta is None:
-        return "failed"
-    low, high = standing.delta.interval()
-    return "better" if high < 0 else "worse" if low > 0 else "cannot tell"

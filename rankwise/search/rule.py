@@ -44,8 +44,20 @@ class Standing:
     def enough(self) -> bool:
         return self.verdict in ("best", "not worse")
 
-    def record(self) -> dict[str, Any]:
-        return {"loss": self.loss, "delta": bounds(self.delta), "verdict": self.verdict}
+    @property
+    def better(self) -> str:
+        """`better`, `worse`, `cannot tell` or `failed`: of a candidate beside one that is no candidate itself."""
+        if self.delta is None:
+            return "failed"
+        low, high = self.delta.interval()
+        return "better" if high < 0 else "worse" if low > 0 else "cannot tell"
+
+    def told(self, *, upper: bool = False) -> dict[str, Any]:
+        """As reports have it."""
+        delta = bounds(self.delta)
+        if delta is not None and not upper:
+            delta.pop("upper")
+        return {"loss": self.loss, "delta": delta}
 
 
 def bounds(delta: Estimate | None) -> dict[str, float] | None:

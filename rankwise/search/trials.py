@@ -28,6 +28,7 @@ from rankwise.errors import TrainingError
 from rankwise.search.study import Candidate, Found, Study, Trial
 from rankwise.surgery.bank import Bank
 
+_LEAST = 10  # steps of a trial
 Tell = Callable[[str, float], None]  # what is being done, and how far that is
 
 
@@ -91,7 +92,8 @@ class Trials:
         return getattr(self.documents, which).supervised_counts()
 
     def steps(self, share: float) -> int:
-        return max(1, round(share * self.loop.max_steps))
+        """Of a part of a full run; in fewer than a few steps nothing is learnt that says anything."""
+        return min(self.loop.max_steps, max(_LEAST, round(share * self.loop.max_steps)))
 
     def made(self, step: str, candidates: Sequence[Candidate], seeds: Iterable[int], share: float) -> list[list[Found]]:
         """What each candidate gave with each seed (counted from that of the loop), `[candidates][seeds]`."""

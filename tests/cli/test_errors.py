@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 
-from tests.jobs.world import write_model
+from rankwise.formats.record import describe_whole, write_record
+from tests.jobs.world import write_adapter, write_model
 
 
 def no_traceback(ran):
@@ -16,6 +17,7 @@ def no_traceback(ran):
 # What is typed after the verb's right options, and what the answer must name.  {world} is a folder of small models.
 TRAIN = "train --model {world}/llama --data {world}/train.jsonl --out {new}"
 EVALUATE = "evaluate --model {world}/llama --data {world}/test.jsonl --adapter {adapter}"
+COMPRESS = "compress {run} --model {world}/llama --data {world}/test.jsonl"
 MISTAKES = {
     "values out of range": (f"{TRAIN} --rank 0 --lr -1 --dropout 1", "rank = 0", "lr = -1.0", "dropout = 1.0"),
     "words that are none": (f"{TRAIN} --scaling foo --schedule bar", "'alpha/sqrt(r)'", "'cosine'"),
@@ -67,6 +69,32 @@ MISTAKES = {
         "nothing was overwritten",
         "→ choose another --out",
     ),
+    "no tolerance": (
+        f"{COMPRESS} --out {{small}} --tolerance much",
+        "tolerance 'much'",
+        "→ a share of the gain, such as 2%",
+    ),
+    "no worth": (
+        f"{COMPRESS} --out {{small}} --worth fischer",
+        "no worth 'fischer'; did you mean 'fisher'?",
+        "→ plain, activations, fisher",
+    ),
+    "nothing to leave out": (
+        f"{COMPRESS} --out {{small}} --tolerance 1e-9 --worth activations --dtype float32",
+        "nothing is shown to be dispensable",
+        "→ more documents",
+    ),
+    "folder for the smaller": (f"{COMPRESS} --out {{run}}", "nothing was overwritten", "→ choose another --out"),
+    "magnitudes": (
+        "compress {world}/dora --model {world}/llama --data {world}/test.jsonl --out {small}",
+        "of form dora, whose magnitudes are no sum of parts",
+        "→ merge it",
+    ),
+    "a model to compress": (
+        "compress {world}/full --model {world}/llama --data {world}/test.jsonl --out {small}",
+        "full: holds a model, all of whose weights were trained, and no adapter",
+        "→ ",
+    ),
     "neither": ("inspect {new}", "neither an adapter's folder nor a model", "→ an adapter's folder holds"),
     "quickstart": ("quickstart --model {world}/llama --out {run}", "not an empty folder", "→ choose another --out"),
     "chat template": ("chat --model {world}/plain", "has no chat template", "→ chat with an instruct model"),
@@ -79,7 +107,11 @@ def words(world, adapter, run, tmp_path_factory):
     (world / "typo.yaml").write_text("bath_tokens: 5\n")
     (world / "bad.jsonl").write_text('{"prompt": 3, "completion": "a"}\n{"prompt": "q", "completion": "a"}\nnot json\n')
     write_model(world / "plain", template=None)
-    places = {"world": world, "adapter": adapter, "run": run["out"], "new": tmp_path_factory.mktemp("new") / "out"}
+    write_adapter(world / "dora", world / "llama", form="dora")
+    (world / "full").mkdir()
+    write_record(world / "full", describe_whole(1, "", {"name": "", "fingerprint": "", "vocabulary": 1}, {}))
+    new = tmp_path_factory.mktemp("new")
+    places = {"world": world, "adapter": adapter, "run": run["out"], "new": new / "out", "small": new / "small"}
     return lambda line: [word.format(**places) for word in line.split()]
 
 
@@ -95,7 +127,9 @@ def test_a_mistake_is_told_with_a_way_out(rankwise, words, mistake):
         assert piece in told
 
 
-@pytest.mark.parametrize("mistake", ["bad rows", "another base", "neither", "folder for the model"])
+@pytest.mark.parametrize(
+    "mistake", ["bad rows", "another base", "neither", "folder for the model", "no tolerance", "nothing to leave out"]
+)
 def test_with_json_a_mistake_is_an_object(rankwise, words, mistake):
     line, *pieces = MISTAKES[mistake]
     ran = rankwise(*words(line), "--json")
@@ -115,6 +149,8 @@ WRONG_USAGE = {
     "trian": ("No such command 'trian'", "train"),
     "evaluate --model m --data d": ("Missing option '--adapter'",),
     "merge": ("Missing option",),
+    "compress": ("Missing",),
+    "compress a --model m --data d": ("Missing option '--out'",),
     "inspect": ("Missing argument",),
     "chat --model m --temperature -1": ("--temperature",),
 }

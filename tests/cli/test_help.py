@@ -11,6 +11,7 @@ import pytest
 from typer.main import get_command
 
 from rankwise.cli.app import app
+from rankwise.jobs.defaults import BY_TASK
 
 COMMAND = shutil.which("rankwise", path=Path(sys.executable).parent)
 VERBS = get_command(app).commands
@@ -20,12 +21,14 @@ TRAIN = (
 )
 PROMISED = {  # what others script against
     "quickstart": "--model --out --json",
+    "search": "--model --data --valid --test --out --budget --ranks --also --pack --until --resume --config --json",
     "train": TRAIN,
     "evaluate": "--model --adapter --data --json",
     "chat": "--model --adapter --json",
     "merge": "--model --adapter --out --json",
+    "compress": "ADAPTER --model --data --out --tolerance --worth --max-length --seed --json",
     "inspect": "DIR|MODEL --json",
-    "plan": "--model --method --rank --targets --batch-tokens --memory --measure --json",
+    "plan": "--model --method --rank --rank-pattern --targets --batch-tokens --memory --measure --json",
     "doctor": "--json",
 }
 
@@ -60,6 +63,19 @@ def test_the_examples_stand_on_lines_of_their_own_and_can_be_typed_as_they_are(r
     for example in examples:
         with VERBS[verb].make_context(verb, shlex.split(example)[2:]) as context:
             assert context.params
+
+
+@pytest.mark.parametrize("verb", ["train", "evaluate", "compress"])
+def test_how_long_a_document_may_be_by_itself_is_said_of_every_task(rankwise, verb):
+    said = " ".join(rankwise(verb, "--help").out.split())
+    of_texts = {task: dict(BY_TASK[task]).get("max_length", (2048,))[0] for task in BY_TASK if "image" not in task}
+    assert {task: length for task, length in of_texts.items() if length != 512} == {"causal-lm": 2048}
+    assert "2048; 512 for encoders and seq2seq]" in said
+
+
+def test_lora_plus_says_what_becomes_of_magnitudes(rankwise):
+    said = " ".join(rankwise("train", "--help").out.split())
+    assert "LoRA+: B, and the magnitudes of form dora, learn at so many times --lr [1]." in said
 
 
 def test_without_a_verb_there_is_help_and_a_code_that_says_nothing_was_done(rankwise):

@@ -54,6 +54,18 @@ def test_fewer_layers_take_less(rankwise, world):
     assert "rank 16, all-linear, without up_proj, blocks 1-, float32 on cpu" in shown
 
 
+def test_other_ranks_of_single_layers_are_said_as_in_train_and_are_counted(rankwise, world):
+    """Of every layer twice: rank 16 costs 16 × (in + out), and q_proj is 32 × 32."""
+    line = ["plan", "--model", world / "llama", "--device", "cpu", "--dtype", "float32", "--json"]
+    alike = rankwise(*line).json
+    other = rankwise(*line, "--rank-pattern", "q_proj=4", "--rank-pattern", r"layers\.1\.mlp\.up_proj=20").json
+    fewer, more = 2 * (16 - 4) * (32 + 32), (20 - 16) * (32 + 48)
+    assert alike["memory"]["adapters"] - other["memory"]["adapters"] == 4 * (fewer - more)
+    assert other["settings"]["rank_pattern"] == {"q_proj": 4, r"layers\.1\.mlp\.up_proj": 20}
+    shown = rankwise(*line[:-1], "--rank-pattern", "q_proj=4").out
+    assert "rank 16, q_proj=4, all-linear" in shown
+
+
 def test_a_70b_config_takes_no_second_and_no_torch(seventy):
     script = (
         "import sys, time; sys.argv = ['rankwise', 'plan', '--model', sys.argv[1], '--device', 'cuda', '--memory', "
@@ -88,6 +100,9 @@ MISTAKES = {
     "amount": (["--memory", "lots"], "'lots' is no amount"),
     "method": (["--method", "lorra"], "method = 'lorra'"),
     "targets": (["--targets", "q_porj"], "'q_porj' matches no layer; did you mean 'q_proj'?"),
+    "ranks": (["--rank-pattern", "q_proj"], "expected PATTERN=NUMBER, such as q_proj=8"),
+    "rank": (["--rank-pattern", "q_proj=many"], "rank_pattern.q_proj = 'many'"),
+    "ranks of none": (["--rank-pattern", "q_porj=4"], "q_porj"),
     "blocks": (["--layers", "5"], "layers 5: none of the targeted layers"),
     "full in codes": (["--method", "full", "--storage", "nf4"], "weights in 8 or 4 bits are not trained themselves"),
 }

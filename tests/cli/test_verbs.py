@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.jobs.world import read, write_adapter
+from tests.jobs.world import read, write_adapter, write_rows
 
 COMMAND = shutil.which("rankwise", path=Path(sys.executable).parent)
 QUICK = ["--max-steps", 2, "--batch-tokens", 300, "--dtype", "float32"]
@@ -157,6 +157,30 @@ def test_merge_for_machines_and_for_people(rankwise, world, adapter, tmp_path):
     shown = rankwise(*line, "--out", tmp_path / "two")
     assert f"{tmp_path / 'two'}: 14 layers merged, stored as float32" in shown.out
     assert "proving what was written" in shown.err
+
+
+def test_compress_for_machines_and_for_people(rankwise, world, run, tmp_path):
+    unseen = write_rows(tmp_path / "unseen.jsonl", range(300, 340))
+    line = ["compress", run["out"], "--model", world / "llama", "--data", unseen, "--dtype", "float32"]
+    found = rankwise(*line, "--out", tmp_path / "one", "--tolerance", "50%", "--json")
+    assert (found.code, found.err) == (0, "")
+    assert found.json["out"] == str(tmp_path / "one")
+    count = found.json["parameters"]
+    assert read(tmp_path / "one" / "rankwise.json")["parameters"] == count["compressed"] < count["whole"]
+    shown = rankwise(*line, "--out", tmp_path / "two", "--tolerance", "50%")
+    assert shown.code == 0
+    losses = dict(re.findall(r"^(\w+) +(\d\.\d{4})$", shown.out, re.M))
+    assert losses == {name: f"{loss:.4f}" for name, loss in found.json["losses"].items()}
+    ranks = found.json["ranks"].values()
+    for piece in (
+        f"{tmp_path / 'two'}: {count['compressed']:,} of {count['whole']:,} parameters",
+        f"ranks {min(ranks)} to {max(ranks)} at {len(ranks)} layers",
+        f"{found.json['tolerance']:.4f} were allowed (20 documents decided)",
+        f"report: {tmp_path / 'two'}/report.html",
+    ):
+        assert piece in shown.out
+    assert "of the parameters, second half" in shown.err
+    assert "\x1b" not in shown.out + shown.err
 
 
 @pytest.mark.filterwarnings("default::rankwise.errors.RankwiseWarning")

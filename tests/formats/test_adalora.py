@@ -9,14 +9,15 @@ from tests.formats.test_peft import exactly, model_of
 from tests.grid import relative
 from tests.models import output, tiny
 
+SCHEDULE = {"total_step": 10, "tinit": 1, "tfinal": 2, "deltaT": 1}
+
 
 @pytest.mark.parametrize("pruned", [False, True])
 @pytest.mark.filterwarnings("ignore")
 def test_what_peft_trains_by_adalora_does_the_same_here(pruned, tmp_path):
     """Before and after PEFT has given some layers less, and one nothing."""
     model, inputs = model_of("llama")
-    schedule = {"total_step": 10, "tinit": 1, "tfinal": 2, "deltaT": 1}
-    config = peft.AdaLoraConfig(init_r=4, target_r=2, lora_alpha=7, target_modules=["q_proj", "down_proj"], **schedule)
+    config = peft.AdaLoraConfig(init_r=4, target_r=2, lora_alpha=7, target_modules=["q_proj", "down_proj"], **SCHEDULE)
     wrapped = peft.get_peft_model(model, config)
     generator = torch.Generator().manual_seed(1)
     for step in range(10 if pruned else 1):

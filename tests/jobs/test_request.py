@@ -75,7 +75,7 @@ def asked(command: str) -> TrainRequest:
 def test_every_setting_is_an_option_and_every_option_a_setting():
     options = {parameter.name for parameter in TRAIN.params} - {"config", "json"}
     assert options == set(TrainRequest.model_fields)
-    assert {*EVERYTHING, *OF_EVA} == options - {"scenario", "continue_from", "resume", "batch_documents"}
+    assert {*EVERYTHING, *OF_EVA} == options - {"scenario", "continue_from", "resume", "batch_documents", "hold_back"}
 
 
 @pytest.mark.parametrize("settings", [EVERYTHING, LEAST | OF_EVA], ids=["everything", "eva"])
@@ -124,6 +124,12 @@ def test_what_is_asked_for_stands_over_the_defaults_of_a_task():
 def test_a_step_is_counted_in_one_way():
     with pytest.raises(SpecError, match="not in both"):
         TrainRequest(**LEAST, batch_tokens=100, batch_documents=8)
+
+
+def test_documents_are_held_back_only_where_none_are_given_to_judge_by():
+    assert TrainRequest(**LEAST, hold_back=0.2).hold_back == 0.2
+    with pytest.raises(SpecError, match="where there is no valid"):
+        TrainRequest(**LEAST, hold_back=0.2, valid="v.jsonl")
 
 
 def test_resume_and_what_is_switched_off_are_no_part_of_the_command():

@@ -17,7 +17,7 @@ from tests.corpora import pattern_corpus, random_corpus
 from tests.models import tiny
 
 DOCUMENTS = Parts(pattern_corpus(24), pattern_corpus(10, seed=1), pattern_corpus(12, seed=2))
-LOOP = Loop(batch_documents=4, max_steps=8)
+LOOP = Loop(batch_documents=4, max_steps=24)
 FIELD = {
     "small": Candidate("small", LoraSpec(rank=2, alpha=8, targets="attention"), Run(lr=5e-3)),
     "large": Candidate("large", LoraSpec(rank=8, alpha=8, targets="all-linear", dropout=0.1), Run(lr=2e-2)),

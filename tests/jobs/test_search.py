@@ -1,0 +1,190 @@
+"""A search from files to a recommendation, killed and gone on with, and its winner trained again."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from rankwise.engine.interrupt import Interrupted
+from rankwise.errors import DataError, RunFolderError, SpecError
+from rankwise.formats.peft import read_adapter
+from rankwise.jobs.search import SearchRequest, run_search
+from rankwise.jobs.train import run_training
+from tests.jobs.world import Listener, read, request, write_rows
+
+BEGIN = {"lr": 2e-2, "rank": 4, "alpha": 8, "max_steps": 48}
+CHANGES = ("seconds", "out", "report", "command")  # from one search to the same one elsewhere
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rows")
+    return {
+        part: str(write_rows(folder / f"{part}.jsonl", range(start, start + count)))
+        for part, start, count in (("train", 100, 40), ("valid", 500, 24), ("test", 700, 24))
+    }
+
+
+def searched(world, rows, out, watch=None, **own):
+    settings = {**BEGIN, "valid": rows["valid"], "test": rows["test"], **own.pop("train", {})}
+    asked = SearchRequest(**{"budget": "standard", "ranks": "1,2,4", **own})
+    return run_search(asked, request(world / "llama", rows["train"], out, **settings), watch or Listener())
+
+
+@pytest.fixture(scope="module")
+def found(world, rows, tmp_path_factory):
+    return searched(world, rows, tmp_path_factory.mktemp("search") / "s", also=("form=dora",))
+
+
+def test_every_question_is_answered_and_written_down(found):
+    written = read(Path(found["out"]) / "search.json")
+    assert {name: value for name, value in found.items() if name not in ("out", "report")} == written
+    assert [name for name, value in written.items() if value is None] == []
+    assert [point["rank"] for point in written["ladder"]["points"]] == [1, 2, 4]
+    assert sum(point["chosen_in"] for point in written["ladder"]["points"]) == pytest.approx(1)
+    assert written["rate"]["best"] in [point["lr"] for point in written["rate"]["rungs"][-1]["points"]]
+    assert [point["name"] for point in written["methods"]["points"]] == ["form=dora"]
+    assert written["confirm"]["seeds"] == 3
+    assert Path(found["report"]).exists()
+
+
+def test_the_recommendation_is_one_of_what_was_confirmed(found):
+    told = found["recommendation"]
+    assert told["kind"] in ("recommended", "provisional", "cannot tell")
+    assert told["rank"] in [point["rank"] for point in found["confirm"]["points"]]
+    assert told["sentence"].startswith(f"Rank {told['rank']}, alpha 8, learning rate ")
+    assert told["surer"]
+
+
+def test_costs_are_counted_in_full_runs(found):
+    lengths = {"noise": 3 / 4, "ladder": 3}
+    for step, cost in lengths.items():
+        own = [trial["share"] for trial in found["trials"] if trial["step"] == step]
+        assert sum(own) == pytest.approx(cost), step
+    assert found["cost"]["runs"] == pytest.approx(sum(trial["share"] for trial in found["trials"]), rel=0.1)
+    assert found["cost"]["grid"] == 3 * len(found["rate"]["rungs"][0]["points"])
+
+
+def test_the_adapter_that_is_left_is_the_chosen_one_or_smaller(found):
+    adapter = read_adapter(Path(found["out"]) / "adapter")
+    assert adapter.parameter_count() == found["ship"]["parameters"]["compressed"]
+    ranks = {path: rank for path, rank in found["ship"]["ranks"].items() if rank}
+    assert {path: factors.rank for path, factors in adapter.sites.items()} == ranks
+
+
+def test_its_command_trains_the_same_adapter_again(world, rows, tmp_path):
+    found = searched(world, rows, tmp_path / "s", budget="express", train={"seed": 3})
+    words = found["recommendation"]["command"].split()
+    given = {}
+    for name, value in zip(words[2::2], words[3::2], strict=True):
+        given[name.removeprefix("--").replace("-", "_")] = value
+    given = {name: value for name, value in given.items() if name not in ("model", "data", "out")}
+    again = run_training(request(world / "llama", rows["train"], tmp_path / "again", **given), Listener())
+    assert again["evaluation"]["adapters"][0]["loss"] == pytest.approx(
+        next(p["loss"] for p in found["confirm"]["points"] if p["rank"] == found["recommendation"]["rank"]), rel=1e-5
+    )
+
+
+def test_express_cuts_one_adapter_and_is_provisional(world, rows, tmp_path):
+    found = searched(world, rows, tmp_path / "s", budget="express")
+    assert found["ladder"] is None
+    assert [point["rank"] for point in found["truncation"]["points"]] == [1, 2, 4]
+    assert found["recommendation"]["kind"] in ("provisional", "cannot tell")
+    assert found["cost"]["runs"] < 5.5
+
+
+class Killer(Listener):
+    """Sends SIGTERM when a pack of a step is half trained."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.step = step
+
+    def stage(self, title):
+        inner = super().stage(title)
+        if not title.startswith(f"{self.step}:"):
+            return inner
+        killer = self
+
+        class Stage:
+            def __enter__(self):
+                advance = inner.__enter__()
+
+                def told(share):
+                    advance(share)
+                    if share >= 0.5 and killer.step:
+                        killer.step = None
+                        os.kill(os.getpid(), signal.SIGTERM)
+
+                return told
+
+            def __exit__(self, *error):
+                return inner.__exit__(*error)
+
+        return Stage()
+
+
+@pytest.mark.parametrize("step", ["rate", "ladder", "confirm"])
+def test_killed_and_resumed_it_ends_with_the_same_answers(world, rows, tmp_path, found, step):
+    with pytest.raises(Interrupted) as heard:
+        searched(world, rows, tmp_path / "s", Killer(step), also=("form=dora",))
+    assert "--resume" in heard.value.way_on
+    again = searched(world, rows, tmp_path / "s", also=("form=dora",), train={"resume": True})
+    for name in found.keys() - {*CHANGES, "cost", "trials", "recommendation"}:
+        assert again[name] == found[name], name
+    assert again["recommendation"]["sentence"] == found["recommendation"]["sentence"]
+
+
+def test_it_stops_where_it_is_told_to_and_goes_on_from_there(world, rows, tmp_path, found):
+    first = searched(world, rows, tmp_path / "s", until="noise")
+    assert first["noise"] == found["noise"]
+    assert first["rate"] is None
+    assert first["recommendation"] is None
+    then = searched(world, rows, tmp_path / "s", until="rate", train={"resume": True})
+    assert then["rate"] == found["rate"]
+
+
+def test_where_nothing_is_learnt_no_rate_is_dropped_and_none_is_tried_beyond(world, rows, tmp_path):
+    found = searched(world, rows, tmp_path / "s", until="rate", train={"lr": 1e-20})["rate"]
+    assert [[point["kept"] for point in rung["points"]] for rung in found["rungs"]] == [[True] * 6] * 2
+    assert found["interior"] is False
+
+
+def test_without_files_to_judge_by_a_quarter_is_held_back_in_halves(world, rows, tmp_path):
+    found = searched(world, rows, tmp_path / "s", until="count", train={"valid": None, "test": None})
+    counts = {name: part["documents"] for name, part in found["data"].items()}
+    assert counts == {"train": 30, "choose": 5, "confirm": 5}
+
+
+REFUSED = {
+    "full": ({"train": {"form": "full", "rank": None, "alpha": None}}, SpecError, "for fresh adapters"),
+    "patterns": ({"train": {"rank_pattern": {"q_proj": 2}}}, SpecError, "a search finds ranks"),
+    "no setting": ({"also": ("dora",)}, SpecError, "expected setting=value"),
+    "no other": ({"also": ("form=lora",)}, SpecError, "no other candidate"),
+    "unknown": ({"also": ("fromm=dora",)}, SpecError, "did you mean"),
+    "budget": ({"budget": "huge"}, SpecError, "budget = 'huge'"),
+    "ranks": ({"ranks": "4,x"}, SpecError, "ranks"),
+    "nothing to resume": ({"train": {"resume": True}}, RunFolderError, "no search to resume"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_makes_no_sense_is_refused_in_a_sentence(world, rows, tmp_path, name):
+    own, error, said = REFUSED[name]
+    with pytest.raises(error, match=said):
+        searched(world, rows, tmp_path / "s", **own)
+
+
+def test_a_folder_with_a_search_in_it_is_not_begun_anew(world, rows, tmp_path):
+    searched(world, rows, tmp_path / "s", until="count")
+    with pytest.raises(RunFolderError, match="--resume goes on with it"):
+        searched(world, rows, tmp_path / "s", until="count")
+    with pytest.raises(RunFolderError, match="shared settings differ"):
+        searched(world, rows, tmp_path / "s", until="count", train={"resume": True, "batch_tokens": 200})
+
+
+def test_documents_that_are_too_few_are_told(world, rows, tmp_path):
+    few = write_rows(tmp_path / "few.jsonl", range(900, 903))
+    with pytest.raises(DataError, match="an interval needs two"):
+        searched(world, rows, tmp_path / "s", train={"valid": str(few), "test": None})
