@@ -190,7 +190,7 @@ class Trials:
             status = statuses[name]
             if not all(np.isfinite(found).all() for found in own.values()):
                 own, status = {}, "not finite"
-            if whole and own:
+            if whole and own and trial.seed == self.loop.seed:  # those of other seeds are judged, and not used
                 self.bank.save(name, self._adapters / trial.key)
             self.study.keep(trial, step, Found(status, seconds / len(names), tuple(curves[name]), **own))
 

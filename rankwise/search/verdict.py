@@ -43,7 +43,7 @@ def _judged(record: dict[str, Any]) -> tuple[str, str]:
         f"{delta['upper']:+.4f}; {confirm['tolerance']:.4f} are allowed)"
     )
     if confirm["verdict"] == "not worse":
-        often = "" if ladder is None else f", chosen in {_often(ladder, confirm['chosen']):.0%} of resamples"
+        often = "" if ladder is None else f", chosen in {100 * _often(ladder, confirm['chosen']):.0f} % of resamples"
         kind = "provisional" if ladder is None else "recommended"
         return kind, f"enough, {apart}{often}{told}"
     if confirm["verdict"] == "worse":

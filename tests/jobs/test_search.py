@@ -11,6 +11,7 @@ from rankwise.errors import DataError, RunFolderError, SpecError
 from rankwise.formats.peft import read_adapter
 from rankwise.jobs.search import SearchRequest, run_search
 from rankwise.jobs.train import run_training
+from tests.jobs.tasks import BASES, write_task
 from tests.jobs.world import Listener, read, request, write_rows
 
 BEGIN = {"lr": 2e-2, "rank": 4, "alpha": 8, "max_steps": 48}
@@ -155,6 +156,18 @@ def test_without_files_to_judge_by_a_quarter_is_held_back_in_halves(world, rows,
     found = searched(world, rows, tmp_path / "s", until="count", train={"valid": None, "test": None})
     counts = {name: part["documents"] for name, part in found["data"].items()}
     assert counts == {"train": 30, "choose": 5, "confirm": 5}
+
+
+@pytest.mark.parametrize("task", BASES)
+def test_every_task_is_searched_for(tmp_path, task):
+    """Heads that are fresh, pictures, masks that are drawn anew, sequences to sequences."""
+    files = write_task(tmp_path / "files", task)
+    settings = {**BEGIN, "max_steps": 20, "batch_documents": 8, "batch_tokens": None, "dtype": "float32"}
+    asked = request(**files, out=tmp_path / "s", task=task, device="cpu", **settings)
+    found = run_search(SearchRequest(budget="express", ranks="1,4"), asked, Listener())
+    assert found["task"] == task
+    assert found["confirm"]["points"][0]["loss"] < found["count"]["base"]["confirm"]
+    assert read_adapter(Path(found["out"]) / "adapter").parameter_count() == found["ship"]["parameters"]["compressed"]
 
 
 REFUSED = {
