@@ -76,7 +76,7 @@ class Adapter:
         """SHA-256 of names, scales, shapes and bytes, in whatever order: equal if and only if the adapters are."""
         sha = hashlib.sha256()
         for path, factors in sorted(self.sites.items()):
-            sha.update(f"{path} {factors.scale!r}\n".encode())
+            sha.update(f"{path} {factors.scale:.12g}\n".encode())  # a file has alpha with 14 digits
         for path, own in sorted(self.tokens.items()):
             sha.update(f"{path} {own.ids.tolist()}\n".encode())
         return _hashed(sha, self.tensors())

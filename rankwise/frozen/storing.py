@@ -55,10 +55,9 @@ class _Storer(HfQuantizer):
             if own is not None:  # a weight that the checkpoint lacks is reported by whoever loads
                 own.bias = empty.bias
                 place(model, path, own)
-        # The rest still lies in the mapped file, which would stay in memory whole for it.
+        # The rest may lie in the mapped file, which would stay in memory whole for it.
         for left in (*model.parameters(), *model.buffers()):
-            if left.untyped_storage().nbytes() > left.nbytes:
-                left.data = left.data.clone()
+            left.data = left.data.clone()
         # What holds the model from here on is an ordinary model, to save and to train.
         self.remove_quantization_config(model)
         for module in model.modules():

@@ -132,7 +132,8 @@ class Pass:
         """
         tape, unit = self.tape, self.unit
         normed, norm = self._normed(block.hidden)
-        flows = [self._linear(linear) for linear in block.into]
+        turned = 2 if block.rotary and len(block.into) >= 3 else 0  # queries and keys: what they become is kept
+        flows = [self._linear(linear, stays=n >= turned) for n, linear in enumerate(block.into)]
         mixed, inner, looked = self._attention(block, [y for y, _ in flows])
         into = [*norm, *(one for _, kept in flows for one in kept)]
         self._settle(normed, into, block.into)
@@ -149,7 +150,7 @@ class Pass:
         tape.drop(*(y for y, _ in o))
         extra = [one for _ in range(max(0, block.norms - 2)) for one in [tape.new(unit * block.hidden)]]
         middle, norm = self._normed(block.hidden)
-        ups = [self._linear(linear) for linear in block.up]
+        ups = [self._linear(linear, stays=block.gated or not block.keeps_output) for linear in block.up]
         product, gate = self._gate(block, [y for y, _ in ups])
         up = [*norm, *(one for _, kept in ups for one in kept)]
         self._settle(middle, up, block.up)
@@ -246,8 +247,8 @@ class Pass:
         size = linear.size * self.manner.width
         return [self.tape.new(min(size, _LAID_OUT))] if self.manner.compiled and self.manner.form != "full" else []
 
-    def _linear(self, linear: Linear) -> tuple[int, list[int]]:
-        """The output, and what is kept beside the input."""
+    def _linear(self, linear: Linear, *, stays: bool = False) -> tuple[int, list[int]]:
+        """The output, and what is kept beside the input; `stays`: what follows keeps the output too."""
         tape, manner, rank = self.tape, self.manner, linear.rank
         whole = [tape.new(linear.size * manner.width)] if self._whole else []
         y = tape.new(self.unit * linear.outputs)
@@ -259,9 +260,11 @@ class Pass:
             kept += [tape.new(rank * side * manner.width) for side in (linear.inputs, linear.outputs)]
         wide = -(-rank // LANES) * LANES if manner.compiled else rank
         kept += [tape.new(self.unit * wide) for _ in range(2 if manner.form == "adalora" else 1)]
-        if manner.form == "dora":  # the gradient of the magnitude needs the output before it was scaled
+        if manner.form == "dora" and not manner.compiled:  # the magnitude's gradient needs what was not scaled yet
             kept.append(y)
             y = tape.new(self.unit * linear.outputs)
+        elif manner.form == "dora" and not stays:  # the compiled one takes the output itself
+            kept.append(tape.new(self.unit * linear.outputs))
         return y, kept
 
     def _pulled(self, linear: Linear) -> int:

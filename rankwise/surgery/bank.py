@@ -19,7 +19,7 @@ from rankwise.adapters.adapter import Adapter, checked_name
 from rankwise.adapters.dropout import mixed
 from rankwise.adapters.spec import LoraSpec
 from rankwise.adapters.tokens import TokenRows
-from rankwise.errors import BankError, RankwiseWarning, listing, nearest
+from rankwise.errors import BankError, RankwiseWarning, nearest
 from rankwise.formats.peft import read_adapter, task_of, write_adapter
 from rankwise.formats.record import describe, write_record
 from rankwise.frozen.coded import storage_of
@@ -30,6 +30,7 @@ from rankwise.surgery.identity import Identity
 from rankwise.surgery.layer import AdaptedLayer, CopiedLayer, Stand
 from rankwise.surgery.merge import Merged, MergeReport
 from rankwise.surgery.routing import Route, Router
+from rankwise.surgery.saving import warn_of_sites
 from rankwise.surgery.sites import Site, choose_modules, choose_sites, find_sites
 from rankwise.surgery.tokens import TokenLayer
 from rankwise.surgery.vocabulary import Vocabulary, declare_untied
@@ -190,7 +191,8 @@ class Bank:
         """Writes an adapter as a PEFT folder plus rankwise.json, with `facts` of the run; read back and compared.
 
         Warns:
-            RankwiseWarning: some of its sites change something and some do not, as where training went past them.
+            RankwiseWarning: some of its sites change something and some do not, as where training went past them; or
+                PEFT would not apply some as they are here (convolutions with dilation or another padding than zeros).
 
         Raises:
             AdapterFileError: a tensor is not finite, or the disk gave back other bytes.
@@ -202,10 +204,7 @@ class Bank:
         known = self.vocabulary.known_without(adapter.tokens)
         base = {"name": model, "fingerprint": self.identity.beside(adapter.modules, known), "storage": self.storage}
         write_record(folder, describe(adapter, base | {"vocabulary": known}, dict(facts or {})))
-        still = [path for path, factors in adapter.sites.items() if factors.changes_nothing()]
-        if 0 < len(still) < len(adapter.sites):
-            said = f"{len(still)} of its {len(adapter.sites)} sites change nothing, no training has moved them"
-            warnings.warn(f"{name!r}: {said}:\n{listing(still)}", RankwiseWarning, 2)
+        warn_of_sites(name, adapter, self.sites)
 
     def remove(self, name: str) -> None:
         """Takes an adapter out; layers that hold no other are put back as they were."""

@@ -60,6 +60,10 @@ class Kind:
         """What holding it in codes took away, if that was kept."""
         return None
 
+    def peft_differs(self, module: Layer) -> bool:
+        """Whether PEFT, given the same factors, computes something else."""
+        return False
+
     def stored(self, module: Layer) -> Any:
         """What `replace` takes the place of, for `restore`."""
         return module.weight
@@ -185,6 +189,9 @@ class ConvolutionKind(Kind):
         plain = isinstance(module, self.module_type) and type(module).forward is self.module_type.forward
         return plain and module.groups == 1
 
+    def peft_differs(self, module: Layer) -> bool:
+        return module.padding_mode != "zeros" or any(step != 1 for step in module.dilation)
+
     def shrink(self, module: Layer, x: Tensor, A: Tensor) -> Tensor:
         return module._conv_forward(x, A, None)
 
@@ -207,7 +214,7 @@ class EmbeddingKind(Kind):
         return weight.t()
 
     def shrink(self, module: Layer, x: Tensor, A: Tensor) -> Tensor:
-        return F.embedding(x, A.t())
+        return F.embedding(x, A.t(), padding_idx=module.padding_idx)  # whose column learns nothing
 
     def expand(self, module: Layer, shrunk: Tensor, B: Tensor) -> Tensor:
         # Gemma's embedding multiplies what it looked up; the change of its weight is multiplied too.

@@ -1,5 +1,8 @@
 """Models whose linear layers are held in 8 or 4 bits: what is held, what moves, what is recognised, how it is read."""
 
+import gc
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -54,8 +57,10 @@ def test_a_layer_with_several_paths_stays_one():
 def test_what_is_not_in_codes_does_not_keep_the_whole_file_in_memory(code, tmp_path):
     """A view of a mapped file is a hold on all of its pages, those of the dense weights too."""
     base = load_base(write_model(tmp_path), dtype="float32", storage=code)
-    for name, tensor in (*base.model.named_parameters(), *base.model.named_buffers()):
-        assert tensor.untyped_storage().nbytes() == tensor.nbytes, name
+    gc.collect()
+    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
+    assert base.model is not None
+    assert not mapped
 
 
 @CODES

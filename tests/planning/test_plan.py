@@ -92,6 +92,8 @@ KEPT = {
     "llama, attention": (hf.LlamaConfig(**GROUPED), {"targets": "attention"}),
     "llama, minimal": (hf.LlamaConfig(**GROUPED), {"targets": "minimal", "rank": 4}),
     "llama, mlp": (hf.LlamaConfig(**GROUPED), {"targets": "mlp"}),
+    "llama, dora": (hf.LlamaConfig(**GROUPED), {"form": "dora"}),
+    "gpt2, dora": (hf.GPT2Config(vocab_size=96, n_embd=128, n_layer=3, n_head=4, n_positions=512), {"form": "dora"}),
     "llama, upper blocks": (hf.LlamaConfig(**GROUPED), {"layers": "1-", "exclude": ("q_proj",)}),
     "qwen3": (hf.Qwen3Config(**GROUPED, head_dim=32), {}),
     "gpt2": (hf.GPT2Config(vocab_size=96, n_embd=128, n_layer=3, n_head=4, n_positions=512), {}),
@@ -137,7 +139,8 @@ def test_activations_are_what_autograd_keeps(name, dtype):
     total = sum(LENGTHS)
     kernels = "compiled" if dtype == "bfloat16" and native() is not None else "plain"
     asked = {"micro_tokens": total, "batch_tokens": total, "document_tokens": LENGTHS[0], "kernels": kernels}
-    request = PlanRequest(device="cpu", dtype=dtype, **asked, **spec)
+    wanted = {"method" if name == "form" else name: value for name, value in spec.items()}
+    request = PlanRequest(device="cpu", dtype=dtype, **asked, **wanted)
     predicted = memory_of(shapes_of(read_back(config), {}, name), request, machine_for(request)).activations
     assert predicted == pytest.approx(kept_by_autograd(config, getattr(torch, dtype), **spec), rel=0.05)
 

@@ -274,7 +274,7 @@ def _operate(bank: Bank, what: str, own: str, inputs: dict[str, torch.Tensor], t
         getattr(bank, what)(own)
 
 
-@pytest.mark.parametrize("change", ["in place", "copied", "AdamW", "SGD"])
+@pytest.mark.parametrize("change", ["in place", "copied", "AdamW", "SGD", "A", "B"])
 def test_dora_sees_every_change_of_its_factors(change):
     """Norms are kept between passes; however a factor was changed, the next pass must see it."""
     model, inputs = tiny("llama"), ARCHITECTURES["llama"].inputs(2)
@@ -287,7 +287,8 @@ def test_dora_sees_every_change_of_its_factors(change):
         with torch.no_grad():
             if change in ("AdamW", "SGD"):
                 getattr(torch.optim, change)(parameters, lr=0.1, fused=True).step()
-            for parameter in parameters if change in ("in place", "copied") else ():
+            alone = [parameter for path, parameter in bank.named_parameters("task") if path.endswith(f".{change}")]
+            for parameter in alone or (parameters if change in ("in place", "copied") else ()):
                 parameter.copy_(parameter * 1.5) if change == "copied" else parameter.mul_(1.5)
         with bank.use("task"), torch.no_grad():
             after = output(model, inputs)
