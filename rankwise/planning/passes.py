@@ -260,10 +260,7 @@ class Pass:
             kept += [tape.new(rank * side * manner.width) for side in (linear.inputs, linear.outputs)]
         wide = -(-rank // LANES) * LANES if manner.compiled else rank
         kept += [tape.new(self.unit * wide) for _ in range(2 if manner.form == "adalora" else 1)]
-        if manner.form == "dora" and not manner.compiled:  # the magnitude's gradient needs what was not scaled yet
-            kept.append(y)
-            y = tape.new(self.unit * linear.outputs)
-        elif manner.form == "dora" and not stays:  # the compiled one takes the output itself
+        if manner.form == "dora" and not stays:  # the magnitude's gradient needs the output
             kept.append(tape.new(self.unit * linear.outputs))
         return y, kept
 

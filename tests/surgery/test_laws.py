@@ -27,6 +27,7 @@ from tests.grid import (
 )
 from tests.models import ARCHITECTURES, CAUSAL, VOCAB, output, tiny
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*PEFT's A has neither dilation")  # of the UNet, when it is saved
 EVERY = pytest.mark.parametrize("name", ARCHITECTURES)
 LOW = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 

@@ -14,6 +14,7 @@ from rankwise.surgery.bank import Bank
 from tests.grid import STORAGES, spec, state_of, trained
 from tests.models import ARCHITECTURES, output, tiny
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*PEFT's A has neither dilation")  # of the UNet, when it is saved
 ON_ONE = ("remove", "save", "merge", "use", "route", "stream", "learn")  # what can be done with an adapter that is held
 CASES = [(name, STORAGES[number % len(STORAGES)]) for number, name in enumerate(ARCHITECTURES)]
 SPECS = {
