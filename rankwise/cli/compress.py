@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from rankwise.cli.console import looking_on, print_json
-from rankwise.cli.options import Data, Device, Dtype, Force, Json, Model, Storage
+from rankwise.cli.options import Data, Device, Dtype, Force, Json, MaxLength, Model, Storage
 
 
 def compress(
@@ -20,13 +20,7 @@ def compress(
         str, typer.Option(help="How much worse it may be: a share of its gain (2%) or nats per token (0.003).")
     ] = "2%",
     worth: Annotated[str, typer.Option(help="What goes first: by fisher, activations or plain.")] = "fisher",
-    max_length: Annotated[
-        int | None,
-        typer.Option(
-            help="Longest document, in tokens [as in training, else 2048; 512 for encoders and seq2seq].",
-            show_default=False,
-        ),
-    ] = None,
+    max_length: MaxLength = None,
     seed: Annotated[
         int | None, typer.Option(help="Of the split in halves [as in training, else 0].", show_default=False)
     ] = None,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from rankwise.cli.console import looking_on, print_json
-from rankwise.cli.options import Data, Device, Dtype, Force, Json, Model, Storage
+from rankwise.cli.options import Data, Device, Dtype, Force, Json, MaxLength, Model, Storage
 
 
 def evaluate(
@@ -21,13 +21,7 @@ def evaluate(
         ),
     ],
     task: Annotated[str | None, typer.Option(help="What for [as in training].", show_default=False)] = None,
-    max_length: Annotated[
-        int | None,
-        typer.Option(
-            help="Longest document, in tokens [as in training, else 2048; 512 for encoders and seq2seq].",
-            show_default=False,
-        ),
-    ] = None,
+    max_length: MaxLength = None,
     overlong: Annotated[
         str | None, typer.Option(help="Longer ones: truncate or drop [as in training].", show_default=False)
     ] = None,

@@ -17,6 +17,13 @@ Data = Annotated[
 Adapter = Annotated[Path, typer.Option("--adapter", metavar="DIR", help="An adapter's folder, ours or PEFT's.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
 Force = Annotated[bool, typer.Option("--force", help="Go on though the base or its chat template is another.")]
+MaxLength = Annotated[
+    int | None,
+    typer.Option(
+        help="Longest document, in tokens [as in training, else 2048; 512 for encoders and seq2seq].",
+        show_default=False,
+    ),
+]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, bfloat16, float16 or float32.")]
 Storage = Annotated[
     str | None,

@@ -67,7 +67,7 @@ def _show(found: dict[str, Any], watch: Any) -> None:
 
 def _options() -> list[inspect.Parameter]:
     options: dict[str, Any] = {
-        "budget": (str, "express (about 4 full runs), standard (10) or full (25) [standard]."),
+        "budget": (str, "express (about 4 full runs), standard (12) or full (19) [standard]."),
         "ranks": (str, "Ranks of the ladder, with commas [by what there is to learn from]."),
         "also": (list[str], "Another candidate, as setting=value[,setting=value]; may be repeated."),
         "pack": (int, "Adapters that train side by side [what memory holds, at most 8]."),

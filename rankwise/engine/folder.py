@@ -92,15 +92,7 @@ def held_folder(path: Path, *, resume: bool) -> Iterator[RunFolder]:
         RunFolderError: it cannot be written, another run holds it, it has a run in it already and `resume` is not
             asked for (or has none, and it is), or it has other things in it.
     """
-    _make_writable(path)
-    lock = FileLock(path / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise RunFolderError(
-            f"{path}: another run is writing here", hint="wait for it, or choose another --out"
-        ) from None
-    try:
+    with locked(path):
         folder = RunFolder(path)
         if folder.begun and not resume:
             raise RunFolderError(
@@ -112,6 +104,25 @@ def held_folder(path: Path, *, resume: bool) -> Iterator[RunFolder]:
         if not folder.begun and any(child.name != LOCK for child in path.iterdir()):
             raise RunFolderError(f"{path}: not empty; nothing was overwritten", hint="choose another --out")
         yield folder
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """A folder that nobody else writes to for the length of a `with`; made if need be.
+
+    Raises:
+        RunFolderError: it cannot be written, or another run holds it.
+    """
+    _make_writable(path)
+    lock = FileLock(path / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunFolderError(
+            f"{path}: another run is writing here", hint="wait for it, or choose another --out"
+        ) from None
+    try:
+        yield
     finally:
         lock.release()
 

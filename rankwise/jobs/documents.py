@@ -44,8 +44,8 @@ def read_documents(request: TrainRequest, reader: Reader, watch: Watch) -> Docum
         train_on, valid = split(found.corpus, share=max(share, 2 / max(4, len(found.corpus))), seed=request.seed)
         # What was cut or dropped was so before the split: it is counted once, with the part that is trained on.
         none = {"truncated": 0, "dropped": {}, "unused": {}, "held_back": True}
-        parts["valid"] = parts["train"] | _counts(valid) | none
-        parts["train"] |= _counts(train_on)
+        parts["valid"] = parts["train"] | counts(valid) | none
+        parts["train"] |= counts(train_on)
     else:
         held = read(request.valid, "reading the validation documents", "valid")
         train_on, valid, parts["valid"] = found.corpus, held.corpus, held.report.to_json()
@@ -63,7 +63,8 @@ def read_documents(request: TrainRequest, reader: Reader, watch: Watch) -> Docum
     return Documents(train_on, valid, test, {name: _facts(report) for name, report in parts.items()})
 
 
-def _counts(examples: Examples) -> dict[str, int]:
+def counts(examples: Examples) -> dict[str, int]:
+    """Documents, their tokens, and the items of them that are judged."""
     lengths, supervised = examples.lengths(), examples.supervised_counts()
     return {"documents": len(examples), "tokens": int(lengths.sum()), "supervised": int(supervised.sum())}
 

@@ -16,24 +16,24 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from filelock import FileLock, Timeout
 from pydantic import BeforeValidator, Field
 
 from rankwise.adapters.presets import TARGET_ROLES
-from rankwise.data.examples import Examples
 from rankwise.data.order import Order
 from rankwise.data.split import split
+from rankwise.engine.folder import LOCK, locked
 from rankwise.engine.interrupt import Interrupted
 from rankwise.errors import DataError, RunFolderError, SpecError
 from rankwise.formats.tensors import write_text
-from rankwise.jobs.documents import Documents, read_documents
+from rankwise.jobs.documents import Documents, counts, read_documents
 from rankwise.jobs.evaluate import frequencies
 from rankwise.jobs.machine import available_bytes, machine_facts, versions
 from rankwise.jobs.request import Repeated, TrainRequest
 from rankwise.jobs.subject import Subject, subject_of
 from rankwise.jobs.watch import Stages, Watch
+from rankwise.reports.search import STEPS, Step
 from rankwise.reports.search_page import write_search_report
-from rankwise.search.advisor import STEPS, Advisor
+from rankwise.search.advisor import Advisor
 from rankwise.search.budget import BUDGETS
 from rankwise.search.study import Study
 from rankwise.search.trials import Parts, Trials
@@ -67,7 +67,7 @@ class SearchRequest(Settings):
     ranks: Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_numbers)] = ()
     also: Repeated = ()
     pack: int = Field(default=0, ge=0)
-    until: Literal["count", "noise", "rate", "targets", "ladder", "methods", "confirm", "ship"] = "ship"
+    until: Step = "ship"
 
 
 def run_search(asked: SearchRequest, request: TrainRequest, watch: Watch) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def run_search(asked: SearchRequest, request: TrainRequest, watch: Watch) -> dic
         RankwiseError: of every kind; trials that were made are kept.
         Interrupted: SIGINT or SIGTERM; `way_on` is the command to go on with.
     """
-    _check(request)
+    _check(asked, request)
     try:
         with _held(request.out, resume=request.resume):
             return _search(asked, request, watch)
@@ -93,36 +93,33 @@ def run_search(asked: SearchRequest, request: TrainRequest, watch: Watch) -> dic
         raise
 
 
-def _check(request: TrainRequest) -> None:
-    """That it is about an adapter that begins by itself."""
+def _check(asked: SearchRequest, request: TrainRequest) -> None:
+    """That it is about an adapter that begins by itself, and can be cut where that is all that is paid for."""
     if request.whole or request.continue_from is not None or request.add_tokens:
         raise SpecError("a search is for fresh adapters", hint="leave out form full, continue_from and add_tokens")
     if request.rank_pattern or request.alpha_pattern:
         raise SpecError("a search finds ranks", hint="leave out rank_pattern and alpha_pattern; compress finds those")
+    if request.form != "lora" and not BUDGETS[asked.budget].ladder:
+        raise SpecError(
+            f"budget {asked.budget} cuts one adapter of form lora, and the form is {request.form}",
+            hint="--budget standard trains every rank",
+        )
 
 
 @contextmanager
 def _held(out: Path, *, resume: bool) -> Iterator[None]:
-    out.mkdir(parents=True, exist_ok=True)
-    begun = (out / STUDY).exists()
-    if begun and not resume:
-        raise RunFolderError(
-            f"{out}: holds a search already; nothing was overwritten",
-            hint="--resume goes on with it, or choose another --out",
-        )
-    if resume and not begun:
-        raise RunFolderError(f"{out}: no search to resume", hint="leave out --resume to begin one")
-    if not begun and any(child.name != ".lock" for child in out.iterdir()):
-        raise RunFolderError(f"{out}: not empty; nothing was overwritten", hint="choose another --out")
-    lock = FileLock(out / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise RunFolderError(f"{out}: another search is writing here", hint="wait, or choose another --out") from None
-    try:
+    with locked(out):
+        begun = (out / STUDY).exists()
+        if begun and not resume:
+            raise RunFolderError(
+                f"{out}: holds a search already; nothing was overwritten",
+                hint="--resume goes on with it, or choose another --out",
+            )
+        if resume and not begun:
+            raise RunFolderError(f"{out}: no search to resume", hint="leave out --resume to begin one")
+        if not begun and any(child.name != LOCK for child in out.iterdir()):
+            raise RunFolderError(f"{out}: not empty; nothing was overwritten", hint="choose another --out")
         yield
-    finally:
-        lock.release()
 
 
 def _search(asked: SearchRequest, request: TrainRequest, watch: Watch) -> dict[str, Any]:
@@ -270,14 +267,9 @@ def _facts(request: TrainRequest, subject: Subject, parts: Parts, order: Order) 
         "task": request.task,
         "machine": machine_facts(subject.base.device, subject.base.precision),
         "versions": versions(),
-        "data": {name: _counts(part) for name, part in named.items()},
+        "data": {name: counts(part) for name, part in named.items()},
         "full_run": {"steps": request.max_steps, "tokens": seen},
     }
-
-
-def _counts(examples: Examples) -> dict[str, int]:
-    tokens, supervised = examples.lengths(), examples.supervised_counts()
-    return {"documents": len(examples), "tokens": int(tokens.sum()), "supervised": int(supervised.sum())}
 
 
 def _told(advisor: Advisor, request: TrainRequest, facts: dict[str, Any], seconds: float) -> dict[str, Any]:
@@ -315,7 +307,7 @@ def _told(advisor: Advisor, request: TrainRequest, facts: dict[str, Any], second
 
 
 def _winner(advisor: Advisor, request: TrainRequest) -> str:
-    """The command that trains the recommended adapter again, bit for bit on the same machine."""
+    """The command that trains the recommended adapter again: alone, and so to rounding."""
     found = advisor.found
     chosen = {"rank": found["rank"], "alpha": found["alpha"], "lr": found["lr"], "targets": advisor.spec.targets}
     given = request.model_dump(exclude_unset=True) | chosen | {"out": request.out / "winner", "resume": False}

@@ -7,13 +7,14 @@ reference: negative is better.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt
 
 from rankwise.reports.run import Delta
 
-STEPS = ("count", "noise", "rate", "targets", "ladder", "methods", "confirm", "ship")
+Step = Literal["count", "noise", "rate", "targets", "ladder", "methods", "confirm", "ship"]
+STEPS: tuple[Step, ...] = get_args(Step)
 
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]

@@ -27,15 +27,15 @@ import numpy as np
 from rankwise.adapters.spec import LoraSpec
 from rankwise.engine.run import Run
 from rankwise.errors import DataError
+from rankwise.reports.search import STEPS
 from rankwise.search.budget import Budget
-from rankwise.search.rule import Standing, bounds, chosen_in, lowest, smallest, standings
+from rankwise.search.rule import SHARE, Standing, bounds, chosen_in, lowest, smallest, standings
 from rankwise.search.shipping import ship
 from rankwise.search.statistics import Noise, difference
 from rankwise.search.study import Candidate, Found
 from rankwise.search.trials import Trials
 from rankwise.search.truncation import truncated
 
-STEPS = ("count", "noise", "rate", "targets", "ladder", "methods", "confirm", "ship")
 _EXTENDED = 3  # rates beyond either end of the ladder that are tried at most
 _RANKS = (1, 2, 4, 8, 16, 32, 64)
 _LARGEST = 256  # that a ladder is extended to by itself
@@ -77,8 +77,7 @@ class Advisor:
             update={"rank": rank or self.spec.rank, "targets": targets if targets is not None else self.spec.targets}
         )
         run = self.run.model_copy(update={"lr": lr or self.run.lr})
-        layers = spec.targets if isinstance(spec.targets, str) else "named layers"
-        return Candidate(f"r {spec.rank}, {run.lr:.3g}, {layers}", spec, run)
+        return Candidate(f"r {spec.rank}, {run.lr:.3g}, {_layers(spec)}", spec, run)
 
     def losses(self, found: Sequence[Sequence[Found]], which: str = "choose") -> list[np.ndarray | None]:
         """Of each candidate, `[S, n]`; None where any of its seeds failed."""
@@ -139,7 +138,7 @@ class Advisor:
             "deviation": self.noise.variance**0.5,
             "detectable": apart.detectable,
             "gain": gain,
-            "tolerance": max(apart.error, 0.02 * max(gain["mean"], 0.0)),
+            "tolerance": max(apart.error, SHARE * max(gain["mean"], 0.0)),
         }
 
     def find_rate(self) -> None:
@@ -358,7 +357,11 @@ class Advisor:
 
     @property
     def _layers(self) -> str:
-        return self.spec.targets if isinstance(self.spec.targets, str) else "named layers"
+        return _layers(self.spec)
+
+
+def _layers(spec: LoraSpec) -> str:
+    return spec.targets if isinstance(spec.targets, str) else "named layers"
 
 
 @dataclass(frozen=True)

@@ -31,14 +31,12 @@ class Standing:
         delta: to the best; None for the best itself.
         tolerance: ε of this difference.
         verdict: `best`, `not worse`, `worse`, `cannot tell` or `failed`.
-        chosen_in: share of resamples that choose it.
     """
 
     loss: float | None
     delta: Estimate | None
     tolerance: float
     verdict: str
-    chosen_in: float = 0.0
 
     @property
     def enough(self) -> bool:

@@ -84,7 +84,6 @@ class Study:
     """
 
     def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
-        self.path = path
         try:
             self.file = sqlite3.connect(path)
             self.file.executescript(_TABLES)

@@ -28,7 +28,8 @@ def _judged(record: dict[str, Any]) -> tuple[str, str]:
     confirm, ladder = record["confirm"], record["ladder"]
     points = {point["rank"]: point for point in confirm["points"]}
     best = max(points) if ladder is None else ladder["best"]
-    gain = points[confirm["chosen"]]["gain"]
+    kept = confirm["chosen"] if confirm["verdict"] in ("not worse", "alone") else best
+    gain = points[kept]["gain"]
     if gain["low"] <= 0:
         return "cannot tell", (
             f"training is not shown to gain anything, {gain['mean']:+.4f} nats over the base (95 % {gain['low']:+.4f} "

@@ -173,6 +173,7 @@ def test_every_task_is_searched_for(tmp_path, task):
 REFUSED = {
     "full": ({"train": {"form": "full", "rank": None, "alpha": None}}, SpecError, "for fresh adapters"),
     "patterns": ({"train": {"rank_pattern": {"q_proj": 2}}}, SpecError, "a search finds ranks"),
+    "express of another form": ({"budget": "express", "train": {"form": "dora"}}, SpecError, "cuts one adapter"),
     "no setting": ({"also": ("dora",)}, SpecError, "expected setting=value"),
     "no other": ({"also": ("form=lora",)}, SpecError, "no other candidate"),
     "unknown": ({"also": ("fromm=dora",)}, SpecError, "did you mean"),

@@ -1,0 +1,35 @@
+"""The sentence is about what is recommended, whatever was chosen before it was confirmed."""
+
+import pytest
+
+from rankwise.search.verdict import recommendation
+
+CHOSEN, BEST = 4, 32
+GAINS = {CHOSEN: 0.25, BEST: 0.5}
+
+
+def record(verdict):
+    points = [
+        {
+            "rank": rank,
+            "loss": 2.0 - gain,
+            "delta": {"mean": 0.25, "low": 0.2, "high": 0.3, "upper": 0.29} if rank == CHOSEN else None,
+            "gain": {"mean": gain, "low": gain - 0.01, "high": gain + 0.01},
+        }
+        for rank, gain in GAINS.items()
+    ]
+    ladder = {"best": BEST, "points": [{"rank": rank, "verdict": "not worse", "chosen_in": 0.5} for rank in GAINS]}
+    confirm = {"chosen": CHOSEN, "verdict": verdict, "tolerance": 0.01, "points": points}
+    return {"confirm": confirm, "ladder": ladder, "noise": None, "rate": None}
+
+
+@pytest.mark.parametrize(
+    ("verdict", "kept", "kind"),
+    [("not worse", CHOSEN, "recommended"), ("worse", BEST, "provisional"), ("cannot tell", BEST, "cannot tell")],
+)
+def test_the_gain_that_is_told_is_that_of_the_rank_that_is_kept(verdict, kept, kind):
+    settings = {"rank": kept, "alpha": 8.0, "lr": 1e-3, "targets": "mlp"}
+    found = recommendation(record(verdict), settings)
+    assert found["kind"] == kind
+    assert found["sentence"].startswith(f"Rank {kept}, ")
+    assert f"{GAINS[kept]:.3f} nats better than the base" in found["sentence"]
