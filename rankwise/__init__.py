@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rankwise.adapters.adapter import Adapter
+    from rankwise.adapters.combining import Combination, combine
+    from rankwise.adapters.recipe import Recipe
     from rankwise.adapters.spec import LoraSpec
     from rankwise.data.classes import Classes, find_classes
     from rankwise.data.corpus import Corpus
@@ -37,6 +39,7 @@ _HOMES = {
     "Base": "frozen.load",
     "Begun": "engine.begin",
     "Classes": "data.classes",
+    "Combination": "adapters.combining",
     "Compression": "search.compression",
     "Corpus": "data.corpus",
     "Evaluation": "engine.evaluate",
@@ -48,12 +51,14 @@ _HOMES = {
     "PlainTexts": "data.text_readings",
     "RankwiseError": "errors",
     "RankwiseWarning": "errors",
+    "Recipe": "adapters.recipe",
     "Run": "engine.run",
     "SourceTargets": "data.text_readings",
     "Start": "engine.run",
     "Template": "data.template",
     "Tolerance": "search.tolerance",
     "begin": "engine.begin",
+    "combine": "adapters.combining",
     "compress": "search.compression",
     "evaluate": "engine.evaluate",
     "find_classes": "data.classes",
@@ -72,6 +77,7 @@ __all__ = [
     "Base",
     "Begun",
     "Classes",
+    "Combination",
     "Compression",
     "Corpus",
     "Evaluation",
@@ -83,12 +89,14 @@ __all__ = [
     "PlainTexts",
     "RankwiseError",
     "RankwiseWarning",
+    "Recipe",
     "Run",
     "SourceTargets",
     "Start",
     "Template",
     "Tolerance",
     "begin",
+    "combine",
     "compress",
     "evaluate",
     "find_classes",

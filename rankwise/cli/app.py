@@ -17,6 +17,7 @@ from typing import TextIO
 import typer
 
 from rankwise.cli.chat import chat
+from rankwise.cli.combine import combine
 from rankwise.cli.compress import compress
 from rankwise.cli.doctor import doctor
 from rankwise.cli.evaluate import evaluate
@@ -43,7 +44,7 @@ def _help(verb: Callable[..., None]) -> str:
     return re.sub("^(?=Examples?:$)", "\b\n", cleandoc(verb.__doc__ or ""), flags=re.M)
 
 
-for verb in (quickstart, search, train, evaluate, chat, merge, compress, inspect, plan, doctor):
+for verb in (quickstart, search, train, evaluate, chat, merge, combine, compress, inspect, plan, doctor):
     app.command(help=_help(verb))(verb)
 
 

@@ -49,10 +49,11 @@ def evaluate(
         if json:
             print_json(found)
             return
-        _show(found, watch)
+        show_evaluation(found, watch)
 
 
-def _show(found: dict[str, Any], watch: Any) -> None:
+def show_evaluation(found: dict[str, Any], watch: Any) -> None:
+    """The table, as `combine --data` shows it too."""
     from rankwise.jobs.plan_text import left_out
     from rankwise.tasks import TASKS
 

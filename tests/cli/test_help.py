@@ -26,6 +26,7 @@ PROMISED = {  # what others script against
     "evaluate": "--model --adapter --data --json",
     "chat": "--model --adapter --json",
     "merge": "--model --adapter --out --json",
+    "combine": "ADAPTER --model --out --method --weights --rank --density --seed --data --force --json",
     "compress": "ADAPTER --model --data --out --tolerance --worth --max-length --seed --json",
     "inspect": "DIR|MODEL --json",
     "plan": "--model --method --rank --rank-pattern --targets --batch-tokens --memory --measure --json",
