@@ -20,11 +20,15 @@ def quickstart(
     model: Annotated[
         str | None, typer.Option(metavar="PATH_OR_ID", help="Another base model than the packaged SmolLM2-135M.")
     ] = None,
+    search: Annotated[
+        bool, typer.Option(help="Measure rate and rank first; without, half the time and no evidence for either.")
+    ] = True,
     json: Json = False,
 ) -> None:
     """Tune a small real model on real data, in minutes.
 
-    The data are Python functions on this machine; the end is a comparison with the base on unseen ones.
+    The data are Python functions on this machine.  Learning rate and rank are measured, an adapter is trained with
+    them, and the end is a comparison with the base on functions that it has not seen.
 
     Example:
       rankwise quickstart
@@ -33,7 +37,7 @@ def quickstart(
     from rankwise.jobs.quickstart import run_quickstart
 
     with looking_on(json) as watch:
-        found = run_quickstart(out, watch, model)
+        found = run_quickstart(out, watch, model, search=search)
         if json:
             print_json(found)
             return
@@ -41,9 +45,11 @@ def quickstart(
         show(found, watch)
         base, run, data, merged = (quote(str(path)) for path in (found["model"], found["out"], found["data"], out))
         watch.say("\n[bold]to try next[/bold]")
+        searched = found["search"]
+        why = f"  open {searched['report']} for why this rate and this rank\n" if searched is not None else ""
         watch.say(
             plain(
-                f"  open {found['report']} in a browser\n"
+                f"  open {found['report']} in a browser\n{why}"
                 f"  rankwise chat --model {base} --adapter {run}\n"
                 f"  rankwise evaluate --model {base} --adapter {run} --data {data}/test.jsonl\n"
                 f"  rankwise inspect {run}\n"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+from copy import copy
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -13,10 +14,21 @@ from rankwise.cli.options import Json
 from rankwise.cli.train_options import parameters
 from rankwise.texts import plain
 
-_OWN = ("budget", "ranks", "also", "pack", "until")
+_OWN = ("budget", "ranks", "also", "pack", "until", "engine", "ray_address", "workers")
 # What a search finds itself, or has no use for.
 _LEFT_OUT = (
-    *("scenario", "continue_from", "force", "track", "rank_pattern", "alpha_pattern", "add_tokens"),
+    *(
+        "scenario",
+        "continue_from",
+        "keep_optimiser",
+        "onto",
+        "replay",
+        "force",
+        "track",
+        "rank_pattern",
+        "alpha_pattern",
+        "add_tokens",
+    ),
     *("patience", "evaluate_every", "save_every"),
 )
 
@@ -65,24 +77,50 @@ def _show(found: dict[str, Any], watch: Any) -> None:
         watch.say(f"{plain(told['surer'])}\nThe same adapter again:\n  {plain(told['command'])}")
 
 
+# What of training's options means something else here.
+_TOLD = {
+    "out": "Folder for the search; must be new or empty.",
+    "resume": "Go on with the search in --out.",
+    "hold_back": "Share kept back where there is no --valid: half of it chooses, half of it confirms [0.25].",
+    "lr": "Middle of the ladder of learning rates.",
+    "rank": "At which rates and layers are compared.",
+    "alpha": "Of all ranks.",
+}
+
+
+def _as_told(parameter: inspect.Parameter) -> inspect.Parameter:
+    """An option of training, in the search's own words where it has some."""
+    if parameter.name not in _TOLD:
+        return parameter
+    kind, option = get_args(parameter.annotation)
+    own = copy(option)
+    own.help = _TOLD[parameter.name]
+    return parameter.replace(annotation=Annotated[kind, own])
+
+
 def _options() -> list[inspect.Parameter]:
     options: dict[str, Any] = {
         "budget": (str, "express (about 4 full runs), standard (12) or full (19) [standard]."),
         "ranks": (str, "Ranks of the ladder, with commas [by what there is to learn from]."),
         "also": (list[str], "Another candidate, as setting=value[,setting=value]; may be repeated."),
-        "pack": (int, "Adapters that train side by side [what memory holds, at most 8]."),
+        "pack": (int, "Adapters that train side by side [what memory holds by the plan, at most 8]."),
         "until": (str, "Last step: count, noise, rate, targets, ladder, methods, confirm or ship [ship]."),
+        "engine": (str, "Where packs are trained: local, or ray, several at once on one or many machines [local]."),
+        "ray_address": (str, "Of a Ray cluster [one is begun on this machine]."),
+        "workers": (int, "Of Ray [one a GPU; without, one for each 4 processors]."),
     }
     own = [
         inspect.Parameter(
             name,
             inspect.Parameter.KEYWORD_ONLY,
             default=None,
-            annotation=Annotated[kind | None, typer.Option(help=told, show_default=False)],
+            annotation=Annotated[
+                kind | None, typer.Option(f"--{name.replace('_', '-')}", help=told, show_default=False)
+            ],
         )
         for name, (kind, told) in options.items()
     ]
-    shared = [parameter for parameter in parameters() if parameter.name not in _LEFT_OUT]
+    shared = [_as_told(parameter) for parameter in parameters() if parameter.name not in _LEFT_OUT]
     json = inspect.Parameter("json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json)
     return [*shared, *own, json]
 

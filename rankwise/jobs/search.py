@@ -12,40 +12,35 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from rankwise.adapters.presets import TARGET_ROLES
-from rankwise.data.order import Order
-from rankwise.data.split import split
 from rankwise.engine.folder import LOCK, locked
 from rankwise.engine.interrupt import Interrupted
-from rankwise.errors import DataError, RunFolderError, SpecError
+from rankwise.errors import RunFolderError, SpecError
 from rankwise.formats.tensors import write_text
-from rankwise.jobs.documents import Documents, counts, read_documents
 from rankwise.jobs.evaluate import frequencies
-from rankwise.jobs.machine import available_bytes, machine_facts, versions
+from rankwise.jobs.ground import ground_of
 from rankwise.jobs.request import Repeated, TrainRequest
-from rankwise.jobs.subject import Subject, subject_of
+from rankwise.jobs.spread import Spread
+from rankwise.jobs.subject import Subject
 from rankwise.jobs.watch import Stages, Watch
 from rankwise.reports.search import STEPS, Step
 from rankwise.reports.search_page import write_search_report
 from rankwise.search.advisor import Advisor
 from rankwise.search.budget import BUDGETS
 from rankwise.search.study import Study
-from rankwise.search.trials import Parts, Trials
+from rankwise.search.trials import Trials
 from rankwise.search.verdict import recommendation
 from rankwise.settings import Settings
 from rankwise.surgery.bank import Bank
 from rankwise.texts import json_text
 
 STUDY, RESULT = "study.sqlite", "search.json"
-_HELD_BACK = 0.25  # without a validation file: half of it chooses, half of it confirms
-_BYTES = 24  # a parameter of an adapter in training: itself, its gradient, two moments, and room for what passes
-_MOST = 8  # adapters side by side, by itself: more gain nothing where a step has a thousand tokens
 
 
 def _numbers(value: Any) -> Any:
@@ -61,6 +56,9 @@ class SearchRequest(Settings):
         also: other candidates, each `setting=value[,setting=value]` of `TrainRequest`, such as `form=dora`.
         pack: adapters that train side by side; 0 takes what memory holds, at most 8.
         until: the last step that is made.
+        engine: where packs are trained: `local`, here one after the other, or `ray`, several at once.
+        ray_address: of a cluster; None begins one on this machine.
+        workers: of Ray; 0 takes one for each GPU, or for each four processors.
     """
 
     budget: Literal["express", "standard", "full"] = "standard"
@@ -68,6 +66,16 @@ class SearchRequest(Settings):
     also: Repeated = ()
     pack: int = Field(default=0, ge=0)
     until: Step = "ship"
+    engine: Literal["local", "ray"] = "local"
+    ray_address: str | None = None
+    workers: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _fits_the_engine(self) -> SearchRequest:
+        astray = sorted({"ray_address", "workers"} & self.model_fields_set)
+        if self.engine != "ray" and astray:
+            raise ValueError(f"{', '.join(astray)}: of engine ray alone, and the engine is {self.engine}")
+        return self
 
 
 def run_search(asked: SearchRequest, request: TrainRequest, watch: Watch) -> dict[str, Any]:
@@ -95,8 +103,10 @@ def run_search(asked: SearchRequest, request: TrainRequest, watch: Watch) -> dic
 
 def _check(asked: SearchRequest, request: TrainRequest) -> None:
     """That it is about an adapter that begins by itself, and can be cut where that is all that is paid for."""
-    if request.whole or request.continue_from is not None or request.add_tokens:
-        raise SpecError("a search is for fresh adapters", hint="leave out form full, continue_from and add_tokens")
+    further = request.continue_from or request.onto or request.replay
+    if request.whole or further is not None or request.add_tokens:
+        apart = "form full, continue_from, onto, replay and add_tokens"
+        raise SpecError("a search is for fresh adapters", hint=f"leave out {apart}")
     if request.rank_pattern or request.alpha_pattern:
         raise SpecError("a search finds ranks", hint="leave out rank_pattern and alpha_pattern; compress finds those")
     if request.form != "lora" and not BUDGETS[asked.budget].ladder:
@@ -138,47 +148,24 @@ def opened(
     Yields:
         It; the request with the length of a full run in steps, and with what is held back; and facts for search.json.
     """
-    if request.valid is None and request.hold_back is None:
-        request = TrainRequest(**request.model_dump(exclude_unset=True) | {"hold_back": _HELD_BACK})
-    subject = subject_of(request, watch)
-    documents = read_documents(request, subject.reader, watch)
-    parts = _parts(documents, request.seed)
-    order = Order(parts.train.lengths(), request.seed, request.batch_tokens, request.batch_documents)
-    steps = request.max_steps or order.steps(request.epochs)
-    request = TrainRequest(**request.model_dump(exclude_unset=True) | {"max_steps": steps, "evaluate_every": steps})
-    with Bank(subject.base.model) as bank, Stages(watch) as stages:
-        identity = {
-            "base": bank.base_fingerprint,
-            "documents": [part.digest for part in (parts.train, parts.choose, parts.confirm)],
-            "shared settings": request.loop.model_dump(mode="json", exclude={"micro_tokens", "checkpointing"}),
-        }
-        with closing(Study(request.out / STUDY, identity)) as study:
-            pack, shares = asked.pack or _fitting(bank, request), frequencies(subject.base, subject.classes)
-            trials = Trials(bank, parts, request.loop, study, request.out, pack=pack, frequencies=shares, tell=stages)
-            facts = _facts(request, subject, parts, order) | {"budget": asked.budget}
-            yield _advisor(asked, request, subject, trials), request, facts
-
-
-def _parts(documents: Documents, seed: int) -> Parts:
-    """A file for tests confirms; without one half of the documents to judge by does."""
-    choose, confirm = documents.valid, documents.test
-    if confirm is choose:
-        choose, confirm = split(choose, 0.5, seed)
-    if min(len(choose), len(confirm)) < 2:
-        raise DataError(
-            f"{len(choose)} documents to choose by and {len(confirm)} to confirm on: an interval needs two",
-            hint="give --valid and --test, or more rows",
-        )
-    return Parts(documents.train, choose, confirm)
-
-
-def _fitting(bank: Bank, request: TrainRequest) -> int:
-    """How many adapters train side by side in half of the memory that is free."""
-    each = sum(site.shape.parameters(request.rank) for site in bank.sites.values() if site.role in _LINEAR)
-    return min(_MOST, max(1, available_bytes(bank.model.device) // (2 * _BYTES * max(each, 1))))
-
-
-_LINEAR = TARGET_ROLES["all-linear"]
+    ground = ground_of(request, watch)
+    base = ground.subject.base
+    with ExitStack() as held:
+        bank, stages = held.enter_context(Bank(base.model)), held.enter_context(Stages(watch))
+        identity = ground.identity(bank)
+        study = held.enter_context(closing(Study(request.out / STUDY, identity)))
+        pack, why = (asked.pack, "asked for") if asked.pack else ground.fitting(bank, asked.ranks)
+        watch.say(f"{pack} adapters side by side: {why}")
+        packs = None
+        if asked.engine == "ray":
+            packs = held.enter_context(
+                Spread(ground.request, identity, address=asked.ray_address, workers=asked.workers)
+            )
+        how: dict[str, Any] = {"pack": pack, "packs": packs, "tell": stages}
+        how["frequencies"] = frequencies(base, ground.subject.classes)
+        trials = Trials(bank, ground.parts, ground.request.loop, study, request.out, **how)
+        facts = ground.facts() | {"budget": asked.budget, "pack": {"adapters": pack, "reason": why}}
+        yield _advisor(asked, ground.request, ground.subject, trials), ground.request, facts
 
 
 def _advisor(asked: SearchRequest, request: TrainRequest, subject: Subject, trials: Trials) -> Advisor:
@@ -258,20 +245,6 @@ def _line(step: str, advisor: Advisor) -> str | None:
     return f"[bold]{step:9}[/bold] {said[step]()}"
 
 
-def _facts(request: TrainRequest, subject: Subject, parts: Parts, order: Order) -> dict[str, Any]:
-    tokens = parts.train.lengths()
-    seen = sum(int(tokens[order.step(step)[1]].sum()) for step in range(request.max_steps))
-    named = {"train": parts.train, "choose": parts.choose, "confirm": parts.confirm}
-    return {
-        "schema": 1,
-        "task": request.task,
-        "machine": machine_facts(subject.base.device, subject.base.precision),
-        "versions": versions(),
-        "data": {name: counts(part) for name, part in named.items()},
-        "full_run": {"steps": request.max_steps, "tokens": seen},
-    }
-
-
 def _told(advisor: Advisor, request: TrainRequest, facts: dict[str, Any], seconds: float) -> dict[str, Any]:
     """Writes what was found."""
     trials, record = advisor.trials, advisor.record
@@ -315,8 +288,12 @@ def _winner(advisor: Advisor, request: TrainRequest) -> str:
 
 
 def _command(asked: SearchRequest, request: TrainRequest) -> str:
-    named = [name for name in ("budget", "pack", "until") if name in asked.model_fields_set]
-    own = [f"--{name} {getattr(asked, name)}" for name in named]
+    named = [
+        name
+        for name in ("budget", "pack", "until", "engine", "ray_address", "workers")
+        if name in asked.model_fields_set
+    ]
+    own = [f"--{name.replace('_', '-')} {getattr(asked, name)}" for name in named]
     own += [f"--ranks {','.join(map(str, asked.ranks))}"] if asked.ranks else []
     own += [f"--also {shlex.quote(one)}" for one in asked.also]
     return " ".join([request.command().replace("rankwise train", "rankwise search", 1), *own])

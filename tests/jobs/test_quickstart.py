@@ -5,9 +5,10 @@ import pytest
 from rankwise.errors import RunFolderError
 from rankwise.jobs import quickstart
 from rankwise.jobs.quickstart import ENOUGH, TEST, TRAIN, VALID, run_quickstart
-from tests.jobs.world import SHORT, Listener, lines
+from tests.jobs.world import SHORT, Listener, lines, read
 
 
+@pytest.mark.slow
 def test_it_goes_from_nothing_to_a_comparison_on_modules_it_has_not_seen(world, tmp_path):
     told = Listener()
     short = {**SHORT, "max_steps": 2, "max_length": 640}  # the tiny tokenizer makes many tokens of a function
@@ -17,8 +18,15 @@ def test_it_goes_from_nothing_to_a_comparison_on_modules_it_has_not_seen(world, 
     modules = {name: {row["origin"].split(":")[0] for row in some} for name, some in rows.items()}
     assert not modules["train"] & (modules["valid"] | modules["test"])
     assert found["evaluation"]["documents"] >= ENOUGH
-    assert len(told.texts) == 1  # the plan
     assert (tmp_path / "out" / "run" / "report.html").exists()
+    told_by_search = found["search"]["recommendation"]
+    assert (tmp_path / "out" / "search" / "report.html").exists()
+    record = read(tmp_path / "out" / "run" / "rankwise.json")
+    trained = {row["name"]: row["value"] for row in record["settings"]}
+    assert [trained[name] for name in ("rank", "alpha", "lr")] == [
+        told_by_search[name] for name in ("rank", "alpha", "lr")
+    ], "what was found is what is trained with"
+    assert any(told_by_search["sentence"] in text for text in told.texts)
     assert found["data"] == str(tmp_path / "out" / "data")
     assert found["model"] == str(world / "llama")
 
@@ -57,7 +65,7 @@ def machine(monkeypatch, tmp_path):
 @pytest.mark.parametrize(("too_long", "times"), [(0, 1), (25, 1), (45, 2), (75, 4)])
 def test_more_is_collected_until_enough_is_short_enough(world, tmp_path, machine, too_long, times):
     asked, told = machine(10_000, too_long)
-    found = run_quickstart(tmp_path / "out", told, str(world / "llama"))
+    found = run_quickstart(tmp_path / "out", told, str(world / "llama"), search=False)
     assert found["texts"] == []
     assert asked[-1] == VALID + times * TEST
     assert found["test"] == times * TEST
@@ -70,7 +78,7 @@ def test_too_few_to_compare_on_are_told_in_a_sentence_before_training(
     world, tmp_path, machine, functions, too_long, few
 ):
     asked, told = machine(functions, too_long)
-    found = run_quickstart(tmp_path / "out", told, str(world / "llama"))
+    found = run_quickstart(tmp_path / "out", told, str(world / "llama"), search=False)
     (sentence,) = found["texts"]
     assert sentence.startswith(f"only {few} functions to compare on were found here that are short enough")
     assert f"fewer than {ENOUGH}" in sentence

@@ -9,8 +9,9 @@ import pytest
 from rankwise.adapters.spec import LoraSpec
 from rankwise.engine.interrupt import Interrupted
 from rankwise.engine.run import Loop, Run
+from rankwise.search.pack import Parts
 from rankwise.search.study import Candidate, Study
-from rankwise.search.trials import Parts, Trials
+from rankwise.search.trials import Trials
 from rankwise.search.truncation import truncated
 from rankwise.surgery.bank import Bank
 from tests.corpora import pattern_corpus, random_corpus
