@@ -12,6 +12,8 @@ RankwiseError
 ├── DataError            rows that cannot be read or hold nothing to learn; lists every problem
 ├── TrainingError        a run that cannot go on: not finite, diverged
 ├── RunFolderError       a run folder that is in use, broken, or belongs to another run
+├── RequestError         a completion that the serving engine can never give: too long, of no adapter it holds
+├── QueueFullError       a completion that has to wait outside: as many as may be are waiting already
 └── MissingPackageError  an optional package is needed; says the one command that brings it
 """
 
@@ -71,6 +73,12 @@ class TrainingError(RankwiseError, RuntimeError): ...
 
 
 class RunFolderError(RankwiseError, RuntimeError): ...
+
+
+class RequestError(RankwiseError, ValueError): ...
+
+
+class QueueFullError(RankwiseError, RuntimeError): ...
 
 
 class MissingPackageError(RankwiseError, ImportError): ...

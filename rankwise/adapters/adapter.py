@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from rankwise.adapters.lowrank import LowRank
-from rankwise.adapters.spec import LoraSpec
+from rankwise.adapters.spec import ZERO_STARTS, LoraSpec
 from rankwise.adapters.tokens import TokenRows
-from rankwise.errors import BankError
+from rankwise.errors import BankError, SpecError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -40,6 +40,7 @@ class Adapter:
         modules: path → parameter name → tensor, for layers trained whole (`modules_to_save`).
         expects: path → frozen weight that was stored along and that the base must hold.
         tokens: path → rows of an embedding or a head.
+        nested: the ranks at which it was trained, ascending, where every prefix of its directions is an adapter too.
     """
 
     spec: LoraSpec
@@ -47,6 +48,7 @@ class Adapter:
     modules: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     expects: Mapping[str, Tensor] = field(default_factory=dict)
     tokens: Mapping[str, TokenRows] = field(default_factory=dict)
+    nested: tuple[int, ...] = ()
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor under a stable name: `<site>.A`, `<site>.B`, …, `<module>.<parameter>`, `<embedding>.rows`."""
@@ -62,6 +64,57 @@ class Adapter:
         """The same in the tensors that every tool can read: A and B of every site that has any rank left."""
         plain = {path: factors.plain() for path, factors in self.sites.items()}
         return replace(self, sites={path: factors for path, factors in plain.items() if factors.rank})
+
+    def check_divisible(self, name: str) -> None:
+        """That the first of its directions can be an adapter by themselves.
+
+        Raises:
+            SpecError: of form `dora` or `adalora`, or its start is whole with all directions only.
+        """
+        if self.spec.form != "lora":
+            raise SpecError(
+                f"{name!r} is of form {self.spec.form}, whose first directions are no adapter by themselves",
+                hint="nested ranks take form lora",
+            )
+        if self.spec.init not in ZERO_STARTS:
+            raise SpecError(
+                f"{name!r} began with init {self.spec.init}, which is at the base with all directions only",
+                hint=f"nested ranks take init {', '.join(ZERO_STARTS)}",
+            )
+
+    def prefix(self, rank: int) -> Adapter:
+        """The plain adapter of the first `rank` directions of a nested one: ΔW = s(rank)·B[:, :rank]·A[:rank].
+
+        Alpha stays, and s(rank) is what the spec's scaling makes of it.  A site of a lower rank keeps its own.
+
+        Raises:
+            SpecError: as `check_nested`.
+        """
+        self.check_nested(rank)
+        sites = {}
+        for path, factors in self.sites.items():
+            A, B, scale = factors.prefix(rank, self.spec.scaling)
+            sites[path] = LowRank(A.detach(), B.detach(), scale, factors.dropout)
+        pattern = {key: min(own, rank) for key, own in self.spec.rank_pattern.items()}
+        spec = self.spec.model_copy(update={"rank": min(self.spec.rank, rank), "rank_pattern": pattern})
+        return replace(self, spec=spec, sites=sites, nested=())
+
+    def check_nested(self, rank: int) -> None:
+        """That its first `rank` directions have learnt to be an adapter.
+
+        Raises:
+            SpecError: the adapter is not nested, or has not so many directions.
+        """
+        if not self.nested:
+            raise SpecError(
+                "the adapter is not nested: the first of its directions alone are no adapter",
+                hint="train one with --nested, or cut this one with rankwise compress",
+            )
+        if not 1 <= rank <= self.nested[-1]:
+            raise SpecError(
+                f"rank {rank}: the adapter has ranks 1 to {self.nested[-1]}",
+                hint=f"it was trained at ranks {', '.join(map(str, self.nested))}",
+            )
 
     def parameter_count(self) -> int:
         return sum(tensor.numel() for _, tensor in self.tensors())

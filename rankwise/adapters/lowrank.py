@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.adapters.product import low_rank_product
+from rankwise.adapters.scaling import Scaling, alpha_of, effective_scale
 from rankwise.kernels.codes import Coded, Weight, dense
 
 
@@ -119,6 +120,16 @@ class LowRank(nn.Module):
 
     def _taking_part(self, parameter: Tensor, dim: int) -> Tensor:
         return parameter if self.kept is None else parameter.index_select(dim, self.kept)
+
+    def prefix(self, rank: int, scaling: Scaling) -> tuple[Tensor, Tensor, float]:
+        """A and B of the first so many directions, and the factor that `scaling` gives them; of form `lora`.
+
+        Where there are no more than that, all of them.  Autograd reaches the parameters through them.
+        """
+        if rank >= self.rank:
+            return self.A, self.B, self.scale
+        alpha = alpha_of(scaling, self.scale, self.rank)
+        return self.A[:rank], self.B[:, :rank], effective_scale(scaling, alpha, rank)
 
     def plain(self) -> LowRank:
         """The same in A and B alone, as every tool can read it; the rank may be 0."""

@@ -77,6 +77,7 @@ def _each_once(ids: tuple[int, ...]) -> tuple[int, ...]:
 Form = Literal["lora", "dora", "adalora"]
 Init = Literal["kaiming", "gaussian", "pissa", "olora", "loftq", "eva", "lora_ga"]
 DATA_STARTS = ("eva", "lora_ga")  # those that `rankwise.begin` finds in documents
+ZERO_STARTS = ("kaiming", "gaussian", "eva")  # one of A and B is zero: any of the directions begin at the base
 Rank = Annotated[int, Field(ge=1)]
 Alpha = Annotated[float, Field(gt=0)]
 Targets = Annotated[str | tuple[str, ...], AfterValidator(readable_targets)]

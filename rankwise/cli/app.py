@@ -19,6 +19,7 @@ import typer
 from rankwise.cli.chat import chat
 from rankwise.cli.combine import combine
 from rankwise.cli.compress import compress
+from rankwise.cli.convert import convert
 from rankwise.cli.doctor import doctor
 from rankwise.cli.evaluate import evaluate
 from rankwise.cli.inspect import inspect
@@ -26,6 +27,7 @@ from rankwise.cli.merge import merge
 from rankwise.cli.plan import plan
 from rankwise.cli.quickstart import quickstart
 from rankwise.cli.search import search
+from rankwise.cli.serve import serve
 from rankwise.cli.train import train
 from rankwise.engine.interrupt import Interrupt, Interrupted
 from rankwise.errors import RankwiseError, RankwiseWarning
@@ -44,7 +46,21 @@ def _help(verb: Callable[..., None]) -> str:
     return re.sub("^(?=Examples?:$)", "\b\n", cleandoc(verb.__doc__ or ""), flags=re.M)
 
 
-for verb in (quickstart, search, train, evaluate, chat, merge, combine, compress, inspect, plan, doctor):
+for verb in (
+    quickstart,
+    search,
+    train,
+    evaluate,
+    chat,
+    serve,
+    merge,
+    combine,
+    compress,
+    convert,
+    inspect,
+    plan,
+    doctor,
+):
     app.command(help=_help(verb))(verb)
 
 

@@ -10,30 +10,37 @@ import typer
 from rankwise.cli.console import looking_on, print_json
 from rankwise.cli.options import Json
 
+Source = Annotated[
+    Path,
+    typer.Argument(metavar="SOURCE", help="Of PEFT, llama.cpp, diffusers, kohya, mlx-lm or loralib; a folder or file."),
+]
+Server = Annotated[
+    str | None,
+    typer.Option("--for", help="vllm: a folder of PEFT as vLLM takes it, and with which options.", show_default=False),
+]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATH_OR_ID",
+        help="Base model, to check against; gguf needs it [the one that the adapter names].",
+        show_default=False,
+    ),
+]
+Enabled = Annotated[
+    str | None,
+    typer.Option(
+        help="Of loralib's merged layers: which parts have factors [true,false,true where there are two].",
+        show_default=False,
+    ),
+]
+
 
 def convert(
-    source: Annotated[
-        Path,
-        typer.Argument(
-            metavar="SOURCE", help="Of PEFT, llama.cpp, diffusers, kohya, mlx-lm or loralib; a folder or file."
-        ),
-    ],
+    source: Source,
     out: Annotated[Path, typer.Option(metavar="PATH", help="A folder for peft and mlx, else a file; must be new.")],
     to: Annotated[str | None, typer.Option(help="peft, gguf, diffusers, kohya or mlx.", show_default=False)] = None,
-    serve: Annotated[
-        str | None,
-        typer.Option(
-            "--for", help="vllm: a folder of PEFT as vLLM takes it, and with which options.", show_default=False
-        ),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PATH_OR_ID",
-            help="Base model, to check against; gguf needs it [the one that the adapter names].",
-            show_default=False,
-        ),
-    ] = None,
+    serve: Server = None,
+    model: Base = None,
     component: Annotated[
         str,
         typer.Option(
@@ -44,13 +51,7 @@ def convert(
     alpha: Annotated[
         float | None, typer.Option(help="Of loralib's files, which do not say it: lora_alpha.", show_default=False)
     ] = None,
-    enable_lora: Annotated[
-        str | None,
-        typer.Option(
-            help="Of loralib's merged layers: which parts have factors [true,false,true where there are two].",
-            show_default=False,
-        ),
-    ] = None,
+    enable_lora: Enabled = None,
     rank: Annotated[
         int | None,
         typer.Option(

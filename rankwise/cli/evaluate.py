@@ -28,6 +28,12 @@ def evaluate(
     train_on: Annotated[
         str | None, typer.Option(help="Answers that count: all or last [as in training].", show_default=False)
     ] = None,
+    rank: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--rank", min=1, help="Of nested adapters, ranks to measure them at; may be repeated [their own]."
+        ),
+    ] = None,
     dtype: Dtype = "auto",
     storage: Storage = None,
     device: Device = "auto",
@@ -45,7 +51,9 @@ def evaluate(
 
     reading = {"task": task, "max_length": max_length, "overlong": overlong, "train_on": train_on, "storage": storage}
     with looking_on(json) as watch:
-        found = run_evaluation(model, adapter, data, watch, dtype=dtype, device=device, force=force, **reading)
+        found = run_evaluation(
+            model, adapter, data, watch, ranks=rank or (), dtype=dtype, device=device, force=force, **reading
+        )
         if json:
             print_json(found)
             return

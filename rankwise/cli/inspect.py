@@ -40,6 +40,8 @@ def inspect(
 def _show_adapter(found: dict[str, Any]) -> None:
     spec, base = found["spec"], found["base"]
     print(f"{found['path']}: {found['parameters']:,} parameters, {spec['form']}, {spec['scaling']}")
+    if found["nested"]:
+        print(f"nested: any rank up to {found['nested'][-1]}, trained at {', '.join(map(str, found['nested']))}")
     if found["classes"]:
         print(f"{found['task']}: {', '.join(found['classes'])}")
     mark = f"fingerprint {base['fingerprint'][:12]}…" if base and base["fingerprint"] else "no fingerprint"

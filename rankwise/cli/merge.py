@@ -8,13 +8,14 @@ from typing import Annotated
 import typer
 
 from rankwise.cli.console import looking_on, print_json
-from rankwise.cli.options import Adapter, Force, Json, Model
+from rankwise.cli.options import Adapter, Force, Json, Model, Rank
 
 
 def merge(
     model: Model,
     adapter: Adapter,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the merged model; must be new or empty.")],
+    rank: Rank = None,
     force: Force = False,
     json: Json = False,
 ) -> None:
@@ -28,7 +29,7 @@ def merge(
     from rankwise.jobs.merge import run_merge
 
     with looking_on(json) as watch:
-        found = run_merge(model, adapter, out, watch, force=force)
+        found = run_merge(model, adapter, out, watch, rank=rank, force=force)
         if json:
             print_json(found)
         else:

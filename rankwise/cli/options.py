@@ -15,6 +15,10 @@ Data = Annotated[
     ),
 ]
 Adapter = Annotated[Path, typer.Option("--adapter", metavar="DIR", help="An adapter's folder, ours or PEFT's.")]
+Rank = Annotated[
+    int | None,
+    typer.Option("--rank", min=1, help="Of a nested adapter, the rank to use it at [its own].", show_default=False),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
 Force = Annotated[bool, typer.Option("--force", help="Go on though the base or its chat template is another.")]
 MaxLength = Annotated[

@@ -14,7 +14,7 @@ from rankwise.cli.options import Json
 from rankwise.cli.train_options import parameters
 from rankwise.texts import plain
 
-_OWN = ("budget", "ranks", "also", "pack", "until", "engine", "ray_address", "workers")
+_OWN = ("budget", "ranks", "also", "allocate", "pack", "until", "engine", "ray_address", "workers")
 # What a search finds itself, or has no use for.
 _LEFT_OUT = (
     *(
@@ -28,6 +28,7 @@ _LEFT_OUT = (
         "rank_pattern",
         "alpha_pattern",
         "add_tokens",
+        "nested",
     ),
     *("patience", "evaluate_every", "save_every"),
 )
@@ -44,6 +45,7 @@ def search(**given: Any) -> None:
       rankwise search --model ./SmolLM2-135M-Instruct --data chats.jsonl --out runs/search
       rankwise search --model ./bert --task sequence-classification --data sst2.jsonl --out runs/s --budget express
       rankwise search --model ./m --data a.jsonl --valid b.jsonl --test c.jsonl --out runs/s --also form=dora
+      rankwise search --model ./m --data a.jsonl --out runs/s --allocate gradients
     """
     config, quiet = given.pop("config"), given.pop("json")
     told = {name: value for name, value in given.items() if value is not None and value != []}
@@ -100,11 +102,12 @@ def _as_told(parameter: inspect.Parameter) -> inspect.Parameter:
 
 def _options() -> list[inspect.Parameter]:
     options: dict[str, Any] = {
-        "budget": (str, "express (about 4 full runs), standard (12) or full (19) [standard]."),
+        "budget": (str, "express (about 4 full runs), standard (14) or full (21) [standard]."),
         "ranks": (str, "Ranks of the ladder, with commas [by what there is to learn from]."),
         "also": (list[str], "Another candidate, as setting=value[,setting=value]; may be repeated."),
+        "allocate": (str, "Give the rank out by layer, by activations or gradients, and see whether it is better."),
         "pack": (int, "Adapters that train side by side [what memory holds by the plan, at most 8]."),
-        "until": (str, "Last step: count, noise, rate, targets, ladder, methods, confirm or ship [ship]."),
+        "until": (str, "Last step: count, noise, rate, targets, ladder, methods, allocation, confirm or ship [ship]."),
         "engine": (str, "Where packs are trained: local, or ray, several at once on one or many machines [local]."),
         "ray_address": (str, "Of a Ray cluster [one is begun on this machine]."),
         "workers": (int, "Of Ray [one a GPU; without, one for each 4 processors]."),

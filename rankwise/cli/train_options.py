@@ -32,6 +32,9 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("config", Path, "Settings in YAML; options go before it.", "RUN.YAML"),
     Setting("resume", None, "Go on from the newest checkpoint in --out."),
     Setting("continue_from", Path, "Train this adapter further.", "DIR"),
+    Setting("keep_optimiser", None, "Go on with its optimiser too, not with a fresh one."),
+    Setting("onto", Path, "Train a new adapter on top of this one; --out holds both as one.", "DIR"),
+    Setting("replay", str, "Old documents to mix in, and their share, such as old.jsonl:0.2.", "FILE:SHARE"),
     Setting("force", None, "Continue from an adapter of another base all the same."),
     Setting("seed", int, "Seed of start, order and dropout [0]."),
     Setting("track", list[str], "tensorboard, wandb, mlflow, …; may be repeated."),
@@ -54,6 +57,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("orthogonality", float, "Of form adalora: weight of the term that keeps directions apart [0.1]."),
     Setting("modules_to_save", str, "Modules trained whole, with commas."),
     Setting("add_tokens", str, "New tokens with rows of their own, with commas."),
+    Setting("nested", None, "Train every smaller rank along; which is used is said later, with --rank."),
     # learning
     Setting("lr", float, "Peak learning rate [2e-4; 5e-4 for some tasks; of form full a tenth]."),
     Setting("lr_ratio", float, "LoRA+: B, and the magnitudes of form dora, learn at so many times --lr [1]."),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 
 import numpy as np
 
@@ -20,6 +20,16 @@ def split(corpus: Self, share: float = 0.1, seed: int = 0) -> tuple[Self, Self]:
 
     Raises:
         DataError: `share` is not between 0 and 1, or there is only one document, however often.
+    """
+    held = held_back(corpus, share, seed)
+    return corpus.subset(np.flatnonzero(~held)), corpus.subset(np.flatnonzero(held))
+
+
+def held_back(corpus: Examples, share: float, seed: int) -> np.ndarray:
+    """Which documents `split` puts into `valid`, bool `[D]`.
+
+    Raises:
+        DataError: as `split`.
     """
     if not 0 < share < 1:
         raise DataError(f"share = {share}, expected a number between 0 and 1, such as 0.1")
@@ -41,13 +51,19 @@ def split(corpus: Self, share: float = 0.1, seed: int = 0) -> tuple[Self, Self]:
     valid = valid or groups[min(drawn, key=lambda group: len(groups[group]))]
     held = np.zeros(len(corpus), dtype=np.bool_)
     held[valid] = True
-    return corpus.subset(np.flatnonzero(~held)), corpus.subset(np.flatnonzero(held))
+    return held
 
 
 def overlap(train: Examples, valid: Examples) -> int:
     """How many documents of `valid` occur in `train`, with the very same content."""
     seen = set(_contents(train))
     return sum(content in seen for content in _contents(valid))
+
+
+def occurring(corpus: Examples, others: Iterable[Examples]) -> np.ndarray:
+    """Which documents of `corpus` occur in others, with the very same content, bool `[D]`."""
+    seen = {content for other in others for content in _contents(other)}
+    return np.array([content in seen for content in _contents(corpus)], dtype=np.bool_)
 
 
 def _contents(corpus: Examples) -> list[str]:

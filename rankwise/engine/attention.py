@@ -79,7 +79,7 @@ def _attend_documents(
     causal = getattr(module, "is_causal", True) if named.get("is_causal") is None else named["is_causal"]
     strange = [name for name in ("s_aux", "position_bias", "head_mask") if named.get(name) is not None]
     strange += ["dropout"] if named.get("dropout") else []
-    carried = attention_mask is not None and _carries_window(attention_mask)
+    carried = attention_mask is not None and carries_window(attention_mask)
     strange += ["a window that looks ahead"] if not causal and (sliding_window or carried) else []
     elsewhere = key.shape[2] != query.shape[2]  # what another model has read, as a decoder looks back at its encoder
     if strange or elsewhere or not _documents or not (attention_mask is None or carried):
@@ -98,7 +98,7 @@ def _attend_documents(
     return out.unflatten(0, (rows, tokens)), None
 
 
-def _window_alone(
+def window_alone(
     *_: Any, local_size: int | None = None, use_vmap: bool = False, config: Any = None, **__: Any
 ) -> Tensor | None:
     """In place of a mask: documents are told by where they lie, so that the window is all there is to know.
@@ -115,13 +115,13 @@ def _window_alone(
     return torch.full((1, 1, 1, 1), local_size)
 
 
-def _carries_window(mask: Tensor) -> bool:
+def carries_window(mask: Tensor) -> bool:
     """Masks proper are of truth values or of floats."""
     return isinstance(mask, Tensor) and mask.shape == (1, 1, 1, 1) and mask.dtype == torch.int64
 
 
 AttentionInterface.register(NAME, _attend_documents)
-AttentionMaskInterface.register(NAME, _window_alone)
+AttentionMaskInterface.register(NAME, window_alone)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from rankwise.engine.tasks.choose import task_for
 from rankwise.engine.weights import at_rest
 from rankwise.errors import DataError
 from rankwise.surgery.bank import Bank
+from rankwise.surgery.routing import Way
 
 Progress = Callable[[int, int], None]  # documents done, of how many
 FREQUENCIES = "class frequencies"
@@ -24,7 +25,7 @@ FREQUENCIES = "class frequencies"
 def document_losses(
     forward: Forward,
     examples: Examples,
-    names: Sequence[str | None],
+    names: Sequence[Way],
     micro_tokens: int,
     progress: Progress | None = None,
 ) -> np.ndarray:
@@ -35,7 +36,7 @@ def document_losses(
 def measured_documents(
     forward: Forward,
     examples: Examples,
-    names: Sequence[str | None],
+    names: Sequence[Way],
     micro_tokens: int,
     progress: Progress | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -158,7 +159,7 @@ def evaluate(
 
 def measured(
     bank: Bank,
-    names: Sequence[str | None],
+    names: Sequence[Way],
     examples: Examples,
     *,
     micro_tokens: int = 2048,

@@ -26,16 +26,17 @@ from rankwise.engine.blocks import fused_blocks
 from rankwise.engine.head import Head, frozen_head_loss, measured_losses, trained_head_loss
 from rankwise.engine.outlet import NoOutletError, Outlet
 from rankwise.engine.tasks.causal import CausalLM
-from rankwise.engine.tasks.task import Documents, Layout, Task, Way
+from rankwise.engine.tasks.task import Documents, Layout, Task
+from rankwise.engine.tasks.task import Way as Course
 from rankwise.errors import ModelError, RankwiseWarning
 from rankwise.kernels.attention import Spans
 from rankwise.kernels.heap import keep_freed_memory
 from rankwise.surgery.bank import Bank
-from rankwise.surgery.layer import AdaptedLayer, Stand
-from rankwise.surgery.routing import Route, Router
+from rankwise.surgery.layer import AdaptedLayer, Stand, name_of
+from rankwise.surgery.routing import Route, Router, Way, members_of
 from rankwise.surgery.tokens import TokenHead
 
-Runs = Sequence[tuple[str | None, int]]  # adapter (None: the base) and how many documents it takes, in order
+Runs = Sequence[tuple[Way, int]]  # adapter, or part of one (None: the base), and how many documents it takes, in order
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Forward:
         if self.checkpointing:
             held.enter_context(_checkpointing(self.model))
 
-    def _try(self, held: ExitStack, way: Way, want: _Probe) -> str | None:
+    def _try(self, held: ExitStack, way: Course, want: _Probe) -> str | None:
         """Takes a way if it agrees with the model itself; else says why not, and everything is as before."""
         self.layout, self._outlet = way.layout, way.outlet
         try:
@@ -214,7 +215,7 @@ class Forward:
             losses.append(each)
         return total, torch.cat(losses)
 
-    def _logits_of(self, name: str | None) -> Callable[[Tensor], Tensor]:
+    def _logits_of(self, name: Way) -> Callable[[Tensor], Tensor]:
         head, shaping = self._outlet.head, self._outlet.shaping
         if head is None:
             return lambda logits: logits
@@ -237,8 +238,8 @@ class Forward:
         """Whether an adapter of these changes the head, or it is trained itself with the rest of the base."""
         if not isinstance(head, Stand):
             return any(parameter.requires_grad for parameter in head.parameters())
-        trainers = {key.replace(":", ".") for key in head.adapters}
-        return any(name in trainers for name, _ in runs)
+        trainers = {name_of(key) for key in head.adapters}
+        return any(name in trainers for way, _ in runs for name in members_of(way))
 
     # ── proof ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -299,7 +300,7 @@ class _Probe:
         return cls(examples, found)
 
 
-def _judged_runs(batch: Batch, runs: Runs) -> Iterator[tuple[slice, str | None]]:
+def _judged_runs(batch: Batch, runs: Runs) -> Iterator[tuple[slice, Way]]:
     """The judged items of each run of documents, and its adapter."""
     borders = np.searchsorted(batch.owners, np.cumsum([0, *(count for _, count in runs)]))
     for (name, _), start, stop in zip(runs, borders[:-1], borders[1:], strict=True):

@@ -10,6 +10,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from rankwise.data.template import Template
 from rankwise.surgery.bank import Bank
+from rankwise.surgery.routing import Way
 
 
 class _TextStream(BaseStreamer):
@@ -46,7 +47,7 @@ def stops_of(template: Template, model: Any) -> tuple[int, ...]:
 
 def answer(
     bank: Bank,
-    name: str | None,
+    name: Way,
     tokenizer: Any,
     prompt: Sequence[int],
     *,
@@ -55,7 +56,7 @@ def answer(
     temperature: float = 0.0,
     say: Callable[[str], None] | None = None,
 ) -> str:
-    """What an adapter (None: the base) answers to `prompt` tokens, up to one of `stops` or `max_new_tokens`.
+    """What an adapter, or a mix (None: the base) answers to `prompt` tokens, up to one of `stops` or `max_new_tokens`.
 
     The stop itself is no part of the answer, be it a special token or a common one such as a line break.  At
     temperature 0 always the likeliest token; `say` is given the text as it comes.

@@ -23,8 +23,10 @@ ROUNDS = 2
 
 def gradient_triplets(
     forward: Forward, probe: str, corpus: Corpus, batches: Sequence[np.ndarray], advance: Callable[[float], None]
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Left `[O, Q]` and right `[Q, I]` singular vectors of G at every site that a gradient reaches, the largest first.
+) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Left singular vectors `[O, Q]` of G, its values `[Q]` and right vectors `[Q, I]`, the largest first.
+
+    At every site that a gradient reaches.
 
     Args:
         forward: holds the bank of the probe.
@@ -43,8 +45,7 @@ def gradient_triplets(
         lefts = {path: orthonormal(found) for path, found in gradient.times(rights).items()}
         onto = gradient.onto(lefts)
         rights = {path: orthonormal(found.t()).t() for path, found in onto.items()}
-    triplets = {path: triplets_within(lefts[path], found) for path, found in onto.items()}
-    return {path: (left, right) for path, (left, _, right) in triplets.items()}
+    return {path: triplets_within(lefts[path], found) for path, found in onto.items()}
 
 
 class _Gradient:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 from zlib import crc32
 
 import torch
@@ -31,6 +32,7 @@ from rankwise.surgery.bank import Bank
 from rankwise.surgery.begin import drawn, made, whole_modules
 from rankwise.surgery.sites import Site, choose_sites
 
+Spectrum = Literal["activations", "gradients"]
 _SEARCHED, _LEAST = 4, 8  # directions for each rank, as LoRA-GA's authors do, and in all
 
 
@@ -120,17 +122,16 @@ class Look:
                 "init 'eva' gives out the ranks itself, and rank_pattern does too",
                 hint="leave out rank_pattern, or say rho=1 and every layer keeps the rank it is given",
             )
-        kinds = [f"{path}: {s.kind.name}" for path, s in self.sites.items() if s.kind.width_dims != 1]
+        self._check_linear()
         narrow = [
             f"{path}: rank {spec.rank_at(path)} of inputs {site.shape.inputs} wide"
             for path, site in self.sites.items()
             if site.kind.width_dims == 1 and spec.rank_at(path) > site.shape.inputs
         ]
-        if kinds or narrow:
+        if narrow:
             raise SpecError(
-                f"init 'eva' takes as many directions as the rank out of the inputs of linear layers:\n"
-                f"{listing([*kinds, *narrow])}",
-                hint="leave these layers out of the targets, lower their rank, or take another init",
+                f"init 'eva' takes as many directions as the rank out of the inputs of layers:\n{listing(narrow)}",
+                hint="lower their rank, leave these layers out of the targets, or take another init",
             )
         most = max(spec.rank_at(path) for path in self.sites)
         if self.supervised <= most:
@@ -138,6 +139,14 @@ class Look:
                 f"{self.supervised} supervised tokens in the {len(self.documents)} documents that are looked at are "
                 f"too few for rank {most}",
                 hint="look at more documents, or lower the rank",
+            )
+
+    def _check_linear(self) -> None:
+        kinds = [f"{path}: {s.kind.name}" for path, s in self.sites.items() if s.kind.width_dims != 1]
+        if kinds:
+            raise SpecError(
+                f"the inputs of linear layers alone are looked at:\n{listing(kinds)}",
+                hint="leave these layers out of the targets, or take another init",
             )
 
     def _given(self, ranks: Mapping[str, int]) -> LoraSpec:
@@ -173,10 +182,36 @@ class Look:
         with self._probing(searched) as forward:
             found = gradient_triplets(forward, self.name, self.corpus, self.batches, self.advance)
         factors = {}
-        for path, (left, right) in found.items():
+        for path, (left, _, right) in found.items():
             both = 2 * ranks[path]
             factors[path] = gradient_start(left[:, :both].cpu(), right[:both].cpu(), self.sites[path].shape)
         return self._made(self.spec, factors, len(self.documents))
+
+    # ── spectra ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def worths(self, by: Spectrum, most: int) -> dict[str, list[float]]:
+        """What each further direction of a layer is worth, the first the most; `most` of them, or all there are.
+
+        By `activations` the share of its input's variance (EVA, arXiv:2410.07170); by `gradients` the squared singular
+        values of the loss's gradient by the frozen weight, which is what a first step along them gains.
+
+        Raises:
+            SpecError: by activations, layers that are not linear (all listed); by gradients, a model in float16.
+        """
+        widths = {path: min(most, *_sides(site)) for path, site in self.sites.items()}
+        if by == "activations":
+            self._check_linear()
+            asked = {path: (1, width) for path, width in widths.items()}
+            with self._probing(dict.fromkeys(self.sites, 1)) as forward:
+                found = most_varying(forward, self.name, asked, self.corpus, self.batches, self.seed, self.advance)
+            return found.shares
+        check_can_learn(self.bank)
+        searched = {
+            path: min(max(_SEARCHED * width, _LEAST), *_sides(self.sites[path])) for path, width in widths.items()
+        }
+        with self._probing(searched) as forward:
+            triplets = gradient_triplets(forward, self.name, self.corpus, self.batches, self.advance)
+        return {path: values[: widths[path]].square().tolist() for path, (_, values, _) in triplets.items()}
 
     # ── both ─────────────────────────────────────────────────────────────────────────────────────────────────────
 

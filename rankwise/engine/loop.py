@@ -129,7 +129,7 @@ class _Training:
         self.folder, self.observe = folder, observe
         self.forward = Forward(bank, task_for(data), checkpointing=loop.checkpointing)
         self.lengths, self.supervised = data.lengths(), data.supervised_counts()
-        self.order = Order(self.lengths, loop.seed, loop.batch_tokens, loop.batch_documents)
+        self.order = Order(self.lengths, loop.seed, loop.batch_tokens, loop.batch_documents, loop.replay)
         self.steps = loop.max_steps or self.order.steps(loop.epochs)
         device = bank.model.device.type
         self.micro_tokens = max(1, (loop.micro_tokens or MICRO_TOKENS.get(device, 8192)) // len(runs))
@@ -137,7 +137,7 @@ class _Training:
         self.save_every = loop.save_every or self.evaluate_every
         self.base = bank.base_fingerprint  # before a step changes it
         self.routed = {label(name): name for name in runs}
-        self.trainees = {label(name): Trainee(bank, name, run, self.steps) for name, run in runs.items()}
+        self.trainees = {label(n): Trainee(bank, n, run, self.steps, loop.seed) for n, run in runs.items()}
         self.status = dict.fromkeys(self.trainees, "learning")
         self.done = self.begun = 0  # steps; those made before this process
         self.judged = -1  # the step that was last judged
@@ -224,19 +224,21 @@ class _Training:
         Every adapter sees the same micro-batches side by side in one stream, and each document weighs the same
         whatever micro-batch it is in: the step's loss is the mean over its supervised tokens.
         """
+        lessons = [(name, lesson) for name in names for lesson in self.trainees[name].lessons(self.done, documents)]
         losses = {name: np.zeros(len(documents)) for name in names}
         place = {int(document): i for i, document in enumerate(documents)}
         weight = 1.0 / self.supervised[documents].sum()
         data, padded = self.data.drawn(self.done), self.forward.layout == "rows"
         for number, micro in enumerate(cut(documents, self.lengths, self.micro_tokens, padded=padded)):
             interrupt.check()
-            laid = np.tile(micro, len(names))
-            runs = [(self.routed[name], len(micro)) for name in names]
+            taken = [(name, own) for name, lesson in lessons if len((own := lesson.among(micro)).documents)]
+            laid = np.concatenate([own.documents for _, own in taken])
+            runs = [(own.way, len(own.documents)) for _, own in taken]
             tick = (self.done << 20) + number
             found = self.forward.learn(data, laid, runs, np.full(len(laid), weight), tick)
-            own = [place[int(document)] for document in micro]
-            for name, part in zip(names, np.split(found.documents, len(names)), strict=True):
-                losses[name][own] = part
+            parts = np.split(found.documents, np.cumsum([count for _, count in runs])[:-1])
+            for (name, own), part in zip(taken, parts, strict=True):
+                losses[name][[place[int(document)] for document in own.documents]] = part
         return losses
 
     def judge(self, interrupt: Interrupt) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from rankwise.data.replay import Replay
 from rankwise.settings import Settings
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -59,6 +61,8 @@ class Run(Settings):
         betas, eps: AdamW's.
         clip: largest norm of the adapter's gradient; longer ones are shortened to it.
         pruning: of form `adalora` alone.
+        nested: of form `lora`, every prefix of the ranks learns to be an adapter by itself (`engine/nested.py`).
+        moments: folder of the run that trained the adapter so far, whose optimiser it goes on with; None begins anew.
     """
 
     lr: float = Field(default=2e-4, gt=0)
@@ -70,6 +74,8 @@ class Run(Settings):
     eps: float = Field(default=1e-8, gt=0)
     clip: float = Field(default=1.0, gt=0)
     pruning: Pruning = Field(default_factory=Pruning)
+    nested: bool = False
+    moments: Path | None = None
 
     def lr_at(self, step: int, steps: int) -> float:
         """Learning rate of a step (from 0) of so many."""
@@ -113,6 +119,7 @@ class Loop(Settings):
         patience: stop after so many evaluations without a new best; 0 never stops early.
         keep: how many checkpoints stay on disk.
         checkpointing: keep only each block's input and compute the rest again: less memory, a third more time.
+        replay: the last documents are old ones, mixed in epoch by epoch; None has only new ones.
     """
 
     epochs: float = Field(default=1, gt=0)
@@ -126,3 +133,4 @@ class Loop(Settings):
     patience: int = Field(default=0, ge=0)
     keep: int = Field(default=2, ge=1)
     checkpointing: bool = False
+    replay: Replay | None = None

@@ -7,9 +7,12 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rankwise.engine.moments import read_moments
+from rankwise.engine.nested import Lesson, Nested
 from rankwise.engine.pruning import PARTS, Allocator
 from rankwise.engine.rates import rates
 from rankwise.engine.run import Run
@@ -79,10 +82,11 @@ class Trainee:
         weights: of the base, else None.
         guard: what went wrong so far.
         allocator: of form `adalora`, else None.
+        nested: of an adapter whose every prefix learns, else None.
         best: the parameters where validation was best, and `best_loss`, `best_step`; None before the first.
     """
 
-    def __init__(self, bank: Bank, name: str | None, run: Run, steps: int) -> None:
+    def __init__(self, bank: Bank, name: str | None, run: Run, steps: int, seed: int = 0) -> None:
         self.bank, self.name, self.run = bank, name, run
         self.weights = Weights(bank.model) if name is None else None
         self.parameters: dict[str, nn.Parameter] = (
@@ -91,6 +95,9 @@ class Trainee:
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
             parameter.grad = None  # one that stays so was never reached
+        self.nested = Nested(bank, str(name), seed) if run.nested else None
+        if name is not None:
+            bank.nest(name, self.nested.ranks if self.nested is not None else ())
         self.rates = rates(bank, name, run)
         self.optimiser = torch.optim.AdamW(
             [{"params": [self.parameters[n] for n in r.names], "weight_decay": r.weight_decay} for r in self.rates],
@@ -99,6 +106,9 @@ class Trainee:
             eps=run.eps,
             fused=True,
         )
+        if run.moments is not None:
+            for (path, part), tensor in read_moments(run.moments, self.parameters).items():
+                self._take_up(path, part, tensor)
         self.guard = Guard()
         sites = {} if name is None else bank.adapter(name).sites
         triplets = {path: factors for path, factors in sites.items() if factors.lam is not None}
@@ -107,6 +117,10 @@ class Trainee:
         self.best_loss, self.best_step = float("inf"), 0
         self.stale = 0
         self.crooked = 0.0  # of form `adalora`, the orthogonality term of the last step
+
+    def lessons(self, step: int, documents: np.ndarray) -> list[Lesson]:
+        """How the documents of a step, from 0, are learnt."""
+        return [Lesson(self.name, documents)] if self.nested is None else self.nested.lessons(step, documents)
 
     def step(self, lr: float) -> float | None:
         """Clips and applies the gradients that have gathered; the norm before clipping, or None if not finite."""
@@ -245,10 +259,7 @@ class Trainee:
             if kind == "best":
                 best[name] = tensor.to(self.parameters[name].device)
             elif kind.startswith("optimiser."):
-                parameter = self.parameters[name]
-                # Laid out as the parameter: torch's fused optimisers go through both in the order of the memory.
-                own = tensor if tensor.dim() == 0 else torch.empty_like(parameter).copy_(tensor)
-                self.optimiser.state[parameter][kind.removeprefix("optimiser.")] = own
+                self._take_up(name, kind.removeprefix("optimiser."), tensor)
         self._settle()
         for stepped in self.optimiser.state:
             stepped.grad = torch.zeros_like(stepped)  # as after any step: a gradient of 0 is a step, none is not
@@ -259,3 +270,9 @@ class Trainee:
             self.best = best
             self.best_loss, self.best_step = numbers["best"]["loss"], numbers["best"]["step"]
             self.stale = numbers["best"]["stale"]
+
+    def _take_up(self, name: str, part: str, tensor: Tensor) -> None:
+        """A part of the optimiser's state; laid out as the parameter, as fused optimisers go by the memory's order."""
+        parameter = self.parameters[name]
+        own = tensor if tensor.dim() == 0 else torch.empty_like(parameter.detach()).copy_(tensor)
+        self.optimiser.state[parameter][part] = own

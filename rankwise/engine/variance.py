@@ -31,11 +31,13 @@ class Varying:
 
     Attributes:
         directions: path → `[R, I]`, R the rank that the layer has come to; layers that no token reached are left out.
+        shares: path → the part of its input's variance that each direction has, as many as the layer may come to.
         documents: how many went through.
         unsettled: inputs whose directions still moved at the end.
     """
 
     directions: dict[str, Tensor]
+    shares: dict[str, list[float]]
     documents: int
     unsettled: int
 
@@ -73,7 +75,7 @@ def most_varying(
             if inputs.settle() == 0:
                 break
     found = {path: inputs.principals[inputs.leaders[path]].directions[:rank] for path, rank in inputs.ranks().items()}
-    return Varying(found, seen, inputs.settle())
+    return Varying(found, inputs.shares(), seen, inputs.settle())
 
 
 class _Inputs:
@@ -145,11 +147,15 @@ class _Inputs:
             self.principals[path] = Principal(most, generator)
         self.principals[path].take(rows)
 
-    def ranks(self) -> dict[str, int]:
-        """Of every layer that was reached, in the model's order, by what has come so far."""
+    def shares(self) -> dict[str, list[float]]:
+        """Of every layer that was reached, in the model's order."""
         reached = [path for path in self.asked if path in self.leaders]
-        shares = {path: self.principals[self.leaders[path]].shares[: self.asked[path][1]] for path in reached}
-        return ranks_by_share(shares, sum(self.asked[path][0] for path in reached))
+        return {path: self.principals[self.leaders[path]].shares[: self.asked[path][1]] for path in reached}
+
+    def ranks(self) -> dict[str, int]:
+        """Of every layer that was reached, by what has come so far."""
+        shares = self.shares()
+        return ranks_by_share(shares, sum(self.asked[path][0] for path in shares))
 
     def settle(self) -> int:
         """How many inputs have not settled: directions that some rank needs still move.

@@ -18,8 +18,9 @@ from rankwise.adapters.adapter import Adapter
 from rankwise.adapters.lowrank import LowRank
 from rankwise.adapters.scaling import Scaling, alpha_of
 from rankwise.adapters.selection import is_within
-from rankwise.adapters.spec import LoraSpec, exactly
+from rankwise.adapters.spec import Form, LoraSpec, exactly
 from rankwise.errors import AdapterFileError, listing
+from rankwise.formats.record import nested_ranks
 from rankwise.formats.tensors import read_tensors, write_tensors, write_text
 from rankwise.formats.token_rows import KEY, said_tokens, take_rows, written_rows
 
@@ -99,7 +100,7 @@ def read_adapter(folder: Path) -> Adapter:
         raise AdapterFileError(f"{folder}: {len(problems)} parts cannot be understood:\n{listing(problems)}")
     if not sites and not modules and not rows:
         raise AdapterFileError(f"{folder / WEIGHTS}: holds no tensor")
-    return Adapter(spec, sites, modules, frozen, rows)
+    return Adapter(spec, sites, modules, frozen, rows, nested_ranks(folder))
 
 
 def token_ids(folder: Path) -> list[int]:
@@ -151,13 +152,26 @@ def stated_task(folder: Path) -> str | None:
     return None if task is None else str(task)
 
 
+def stated_form(folder: Path) -> Form:
+    """The form of an adapter by its config alone.
+
+    Raises:
+        AdapterFileError: the config is missing or damaged.
+    """
+    return _form(_read_config(folder / CONFIG))
+
+
+def _form(config: Mapping[str, Any]) -> Form:
+    return "dora" if config.get("use_dora") else "lora"
+
+
 def _spec(config: Mapping[str, Any], paths: tuple[str, ...]) -> LoraSpec:
     """`paths` are those that there are tensors for."""
     return LoraSpec(
         rank=config.get("r", 8),
         alpha=config.get("lora_alpha", 8),
         **_choice(config, paths),
-        form="dora" if config.get("use_dora") else "lora",
+        form=_form(config),
         scaling="alpha/sqrt(r)" if config.get("use_rslora") else "alpha/r",
         dropout=config.get("lora_dropout") or 0.0,
         rank_pattern=config.get("rank_pattern") or {},

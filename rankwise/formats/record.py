@@ -36,6 +36,7 @@ def describe(adapter: Adapter, base: dict[str, Any], facts: dict[str, Any]) -> d
         },
         "modules": sorted(adapter.modules),
         "tokens": {path: rows.tokens for path, rows in adapter.tokens.items()},
+        **({"nested": list(adapter.nested)} if adapter.nested else {}),
         **facts,
     }
 
@@ -86,6 +87,18 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     if not isinstance(base, dict) or not {"name", "fingerprint"} <= base.keys() or not _counts(base.get("vocabulary")):
         raise AdapterFileError(f"{path}: not a rankwise record: it does not say of which base")
     return record
+
+
+def nested_ranks(folder: Path) -> tuple[int, ...]:
+    """The ranks at which an adapter was trained, as its record says, where every prefix of them is an adapter; else ().
+
+    Raises:
+        AdapterFileError: as `read_record`, or it says so of no ranks.
+    """
+    told = (read_record(folder) or {}).get("nested", [])
+    if not isinstance(told, list) or not all(type(rank) is int and rank > 0 for rank in told):
+        raise AdapterFileError(f"{folder / RECORD}: not a rankwise record: nested is {told!r}, and no list of ranks")
+    return tuple(sorted(told))
 
 
 def _counts(vocabulary: Any) -> bool:

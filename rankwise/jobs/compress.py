@@ -12,6 +12,7 @@ from typing import Any, get_args
 from rankwise.data.classes import Classes
 from rankwise.data.examples import Examples
 from rankwise.errors import SpecError, nearest
+from rankwise.formats.peft import stated_form
 from rankwise.formats.record import read_record
 from rankwise.formats.tensors import write_text
 from rankwise.frozen.load import Base
@@ -24,7 +25,7 @@ from rankwise.jobs.watch import Stages, Watch
 from rankwise.jobs.whole import check_adapters
 from rankwise.reports.card import write_card
 from rankwise.reports.page import write_report
-from rankwise.search.compression import Compression, compress
+from rankwise.search.compression import Compression, check_divisible, compress
 from rankwise.search.tolerance import Tolerance
 from rankwise.search.worth import Worth
 from rankwise.surgery.bank import Bank
@@ -64,6 +65,7 @@ def run_compression(
     allowed, by = Tolerance.said(tolerance), _worth(worth)
     adapter, data = adapter.expanduser(), [expanduser(source) for source in data]
     check_adapters([adapter], "its weights are no sum of parts; train an adapter to have a small one")
+    check_divisible(adapter.name, stated_form(adapter))
     with whole_folder(out.expanduser().resolve()) as place:
         subject = _subject(model, adapter, data, watch, force=force, **how)
         with Bank(subject.base.model) as bank:

@@ -28,6 +28,7 @@ from rankwise.jobs.watch import Advance, Watch
 from rankwise.jobs.whole import Before, Sitting, mark_of, measured_whole
 from rankwise.kernels.sizes import Storage
 from rankwise.surgery.bank import Bank
+from rankwise.surgery.routing import Way
 from rankwise.tasks import DEFAULT, TASKS
 
 
@@ -37,6 +38,7 @@ def run_evaluation(
     data: Sequence[str],
     watch: Watch,
     *,
+    ranks: Sequence[int] = (),
     dtype: str = "auto",
     device: str = "auto",
     force: bool = False,
@@ -47,6 +49,7 @@ def run_evaluation(
     Args:
         adapters: their folders, and those of models that were trained whole: these are loaded one after the other, and
             measured on the same documents as the base reads them.
+        ranks: measures nested adapters at each of these in place of their own.
         reading: `task`, `max_length`, `overlong`, `train_on`, `seed`, `storage`, as `rankwise train` has them; None is
             what all adapters were trained with, and where they differ or do not say, what `rankwise train` does by
             itself.
@@ -59,7 +62,7 @@ def run_evaluation(
         `data.intake.Report` does.
 
     Raises:
-        SpecError: the adapters are of several tasks.
+        SpecError: the adapters are of several tasks, or one has not these ranks.
         DataError: losses that are not finite, and the documents; or bad rows.
         RankwiseError: of every other kind.
     """
@@ -68,19 +71,25 @@ def run_evaluation(
     names = dict(zip(folder_names(adapters), adapters, strict=True))
     whole = {name: folder for name, folder in names.items() if is_whole(folder)}
     held = {name: folder for name, folder in names.items() if name not in whole}
+    if ranks and whole:
+        raise SpecError(f"{next(iter(whole.values()))}: a model that was trained whole has no ranks", hint=_ALONE)
     task = trained_task(adapters, reading.pop("task", None))
     asked = as_trained(adapters, reading, task)
     check_sources(task, data)
     loading = {"dtype": dtype, "device": device}
     known = trained_classes(adapters, task)
-    side = _Side(model, task, known, asked, loading, held, force=force)
+    side = _Side(model, task, known, asked, loading, held, tuple(dict.fromkeys(ranks)), force=force)
     found, sitting, table = side.measured(data, watch, alone=not whole)
     for name, folder in whole.items():  # the base is let go of by now: there is one model at a time
         (losses,), (predicted,) = measured_whole(folder, sitting, watch, force=force, **loading)
         table.rows[name] = losses, predicted
     report = found.report
     rest = {"truncated": report.truncated, "dropped": report.dropped, "unused": report.unused}
-    return {"task": task} | table.compared(list(names), found.corpus).summary() | rest
+    told = [name for name in table.rows if name is not None] if ranks else list(names)
+    return {"task": task} | table.compared(told, found.corpus).summary() | rest
+
+
+_ALONE = "evaluate them one by one"
 
 
 @dataclass
@@ -100,7 +109,7 @@ class _Table:
 
 @dataclass(frozen=True)
 class _Side:
-    """A base and the adapters `held` on it, by name; `asked` as `as_trained` gives it."""
+    """A base and the adapters `held` on it, by name, or these at `ranks`; `asked` as `as_trained` gives it."""
 
     model: str
     task: str
@@ -108,6 +117,7 @@ class _Side:
     asked: dict[str, Any]
     loading: dict[str, Any]
     held: dict[str, Path]
+    ranks: tuple[int, ...]
     force: bool
 
     def measured(self, data: Sequence[str], watch: Watch, *, alone: bool) -> tuple[Prepared, Sitting, _Table]:
@@ -122,22 +132,29 @@ class _Side:
         base = with_tokens_of(loaded, list(self.held.values()), force=self.force)
         if base is not loaded and not alone:
             raise SpecError(
-                "an adapter has tokens of its own, which a model that was trained whole does not know",
-                hint="evaluate them one by one",
+                "an adapter has tokens of its own, which a model that was trained whole does not know", hint=_ALONE
             )
         reader = reader_for(base, classes, **reading)
         with watch.stage("reading the documents") as advance:
             found = reader.read(data, "test", lambda rows, share: advance(share))
         shares = frequencies(base, classes)
-        names: list[str | None] = [*self.held] if shares else [None, *self.held]
         with Bank(base.model) as bank:
             mark = mark_of(bank, base)
             for name, folder in self.held.items():
                 load_adapter(bank, name, folder, base, reader.digest, force=self.force)
+            ways: list[Way] = [*([] if shares else [None]), *self._ways(bank)]
             with watch.stage("evaluating") as advance:
-                columns = measured(bank, names, found.corpus, progress=lambda done, of: advance(done / of))
+                columns = measured(bank, ways, found.corpus, progress=lambda done, of: advance(done / of))
+        names = [None if way is None else str(way) for way in ways]
         rows = dict(zip(names, zip(*columns, strict=True), strict=True))
         return found, Sitting(self.task, found.corpus, classes, reader.digest, mark), _Table(rows, shares)
+
+    def _ways(self, bank: Bank) -> list[Way]:
+        """Through the adapters: whole, or at each rank."""
+        for name in self.held:
+            for rank in self.ranks:
+                bank.adapter(name).check_nested(rank)
+        return [bank.prefix(name, rank) for name in self.held for rank in self.ranks] or [*self.held]
 
 
 def frequencies(base: Base, classes: Classes | None) -> tuple[int, ...]:
@@ -279,14 +296,19 @@ def check_task(folder: Path, task: str) -> None:
         )
 
 
-def load_adapter(bank: Bank, name: str, folder: Path, base: Base, digest: str, *, force: bool) -> None:
-    """Loads an adapter and checks that the model is talked to as in training; `digest` is the reader's.
+def load_adapter(
+    bank: Bank, name: str, folder: Path, base: Base, digest: str, *, rank: int | None = None, force: bool
+) -> None:
+    """Loads an adapter, a nested one at a `rank`, and checks that the model is talked to as in training.
+
+    `digest` is the reader's.
 
     Raises:
         AdapterMismatchError: another task, or, unless `force`, another base, chat template or tokenizer.
+        SpecError: the adapter has not that rank.
     """
     check_task(folder, base.task)
-    bank.load(name, folder, force=force)
+    bank.load(name, folder, rank=rank, force=force)
     trained_with = (read_record(folder) or {}).get("template", {}).get("digest")
     if trained_with not in (None, digest) and not force:
         raise AdapterMismatchError(

@@ -63,6 +63,7 @@ def _adapter(folder: Path) -> dict[str, Any]:
         "training": record.get("training") if record is not None else None,
         "modules": sorted(adapter.modules),
         "tokens": {path: rows.tokens for path, rows in adapter.tokens.items()},
+        "nested": list(adapter.nested),
         "sites": sites,
     }
 

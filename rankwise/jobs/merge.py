@@ -35,14 +35,17 @@ PROMPTS = (
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
-def run_merge(model: str, adapter: Path, out: Path, watch: Watch, *, force: bool = False) -> dict[str, Any]:
+def run_merge(
+    model: str, adapter: Path, out: Path, watch: Watch, *, rank: int | None = None, force: bool = False
+) -> dict[str, Any]:
     """Merges in float32, rounds once to the base's own number format, writes, reads back, and compares logits.
 
-    The comparison is with base + adapter in float32, on fixed prompts, before anything is said to be done.
+    The comparison is with base + adapter in float32, on fixed prompts, before anything is said to be done.  A nested
+    adapter is merged at its `rank`, if one is given.
 
     Raises:
         MergeError: the written model differs by more than rounding explains; it is not left behind.
-        SpecError: the adapter's folder holds a model that was trained whole.
+        SpecError: the adapter's folder holds a model that was trained whole, or it has not that rank.
         RunFolderError: `out` exists and is not an empty folder, or cannot be written.
         RankwiseError: of loading.
     """
@@ -55,7 +58,7 @@ def run_merge(model: str, adapter: Path, out: Path, watch: Watch, *, force: bool
         stored = base.stored if base.stored in TOLERANCE else torch.float32
         bank = Bank(base.model)
         reader = reader_for(base, classes, max_length=2048, overlong="truncate", train_on="all")
-        load_adapter(bank, _NAME, adapter, base, reader.digest, force=force)
+        load_adapter(bank, _NAME, adapter, base, reader.digest, rank=rank, force=force)
         own = sorted({i for rows in bank.adapter(_NAME).tokens.values() for i in rows.tokens})
         inputs = _inputs(base, own)
         with watch.stage("base + adapter on the prompts"), bank.use(_NAME):

@@ -129,9 +129,17 @@ def _counted(name: str, all_facts: dict[str, dict[str, Any]]) -> str:
     text = f"{facts['documents']:,} documents, {facts['tokens']:,} tokens, {facts['supervised']:,} of them supervised"
     if facts.get("held_back"):
         return f"{text}; held back from the same files"
+    if "each_epoch" in facts:
+        return f"{text}; {facts['each_epoch']:,} of them in an epoch{_apart(facts)}"
     lost = left_out(facts)
     both = name == "train" and all_facts.get("valid", {}).get("held_back")
     return "; ".join([text, *(["before the split:"] if both and lost else []), *lost]).replace(":; ", ": ")
+
+
+def _apart(facts: dict[str, Any]) -> str:
+    """Old documents that are not mixed in."""
+    told = {"held back of that file": facts["held_back_of_it"], "left out, being judged by": facts["judged_by"]}
+    return "".join(f"; {count:,} {what}" for what, count in told.items() if count)
 
 
 def left_out(facts: dict[str, Any]) -> list[str]:

@@ -14,6 +14,7 @@ from rankwise.adapters.presets import SCENARIOS
 from rankwise.adapters.scaling import Scaling
 from rankwise.adapters.spec import (
     DATA_STARTS,
+    ZERO_STARTS,
     AlphaPattern,
     Blocks,
     Form,
@@ -76,6 +77,19 @@ def _at_home(value: Any) -> Any:
     return expanduser(value) if isinstance(value, str) else value
 
 
+def _file_and_share(value: str | None) -> str | None:
+    """`FILE:SHARE`, whose share is a number."""
+    if value is not None:
+        source, _, share = value.rpartition(":")
+        try:
+            good = bool(source) and 0 < float(share) < 1
+        except ValueError:
+            good = False
+        if not good:
+            raise ValueError("expected FILE:SHARE with a share between 0 and 1, such as old.jsonl:0.2")
+    return value
+
+
 Place = Annotated[str | None, AfterValidator(_at_home)]
 Repeated = Annotated[tuple[str, ...], BeforeValidator(_one_or_many)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_by_commas)]
@@ -89,7 +103,8 @@ _WITH_NEW_TOKENS: tuple[TaskName, ...] = ("causal-lm", "seq2seq")
 # What an adapter that is trained further brings along.
 _OF_ADAPTER = {"scenario", "alpha", "targets", "exclude", "add_tokens", *_OF_SPEC, *_OF_START}
 # What nothing is read of where all weights are trained.
-_OF_ADAPTERS_ALONE = (_OF_ADAPTER | _OF_PRUNING | {"lr_ratio", "continue_from", "force"}) - {"form"}
+_FURTHER = {"continue_from", "keep_optimiser", "onto", "force"}
+_OF_ADAPTERS_ALONE = (_OF_ADAPTER | _OF_PRUNING | _FURTHER | {"lr_ratio", "nested"}) - {"form"}
 
 
 class TrainRequest(Settings):
@@ -108,6 +123,9 @@ class TrainRequest(Settings):
     hold_back: float | None = _default(None, "a twentieth of the documents, at most 500", gt=0, lt=1)
     test: Place = _default(None, "the comparison with the base is made on the validation documents")
     continue_from: Annotated[Path | None, AfterValidator(_at_home)] = _default(None, "a fresh adapter")
+    keep_optimiser: bool = _default(False, "its averages are of other documents, and young again after a warm-up")
+    onto: Annotated[Path | None, AfterValidator(_at_home)] = _default(None, "on the bare base")
+    replay: Annotated[Place, AfterValidator(_file_and_share)] = _default(None, "no old documents are mixed in")
     resume: bool = _default(False, "a new run")
     force: bool = _default(False, "an adapter of another base or chat template is refused")
 
@@ -133,6 +151,8 @@ class TrainRequest(Settings):
     orthogonality: float = _default(0.1, "of form adalora: as its paper", ge=0)
     modules_to_save: Names = _default((), "nothing is trained whole")
     add_tokens: NewTokens = _default((), "the tokenizer stays as it is")
+
+    nested: bool = _default(False, "one rank; nested learns the smaller ones along, each not quite as well as alone")
 
     lr: float = _default(2e-4, "inside the guides' range for LoRA, 1e-4 to 5e-4", gt=0)
     lr_ratio: float = _default(1.0, "one rate for A and B; LoRA+ takes 2 to 16", gt=0)
@@ -192,10 +212,22 @@ class TrainRequest(Settings):
         return self
 
     @model_validator(mode="after")
+    def _makes_sense_nested(self) -> TrainRequest:
+        if self.nested and (self.form != "lora" or self.init not in ZERO_STARTS):
+            raise ValueError(f"nested ranks take form lora and init {', '.join(ZERO_STARTS)}")
+        return self
+
+    @model_validator(mode="after")
     def _makes_sense(self) -> TrainRequest:
         clash = sorted(_OF_ADAPTER & self.model_fields_set)
         if self.continue_from is not None and clash:
             raise ValueError(f"continue_from takes the adapter as it is; leave out {', '.join(clash)}")
+        if self.keep_optimiser and self.continue_from is None:
+            raise ValueError("keep_optimiser goes on with the optimiser of a run: say of which with continue_from")
+        if self.onto is not None:
+            self._check_onto()
+        if self.replay is not None and (self.task == "image-classification" or self.replayed[0] in self.data):
+            raise ValueError("replay mixes in rows of text of another file than those of data")
         if self.batch_documents is not None and "batch_tokens" in self.model_fields_set:
             raise ValueError("a step is counted in batch_tokens or in batch_documents, not in both")
         if self.valid is not None and self.hold_back is not None:
@@ -215,6 +247,22 @@ class TrainRequest(Settings):
         if self.add_tokens and self.task not in _WITH_NEW_TOKENS:
             raise ValueError(f"add_tokens are for what a model says, which task {self.task} does not teach")
         return self
+
+    def _check_onto(self) -> None:
+        """What stands on another adapter is added to it in the end, on the bare base."""
+        apart = [name for name in ("continue_from", "modules_to_save", "add_tokens", "nested") if getattr(self, name)]
+        if apart:
+            raise ValueError(f"onto trains a fresh adapter on top of one; leave out {', '.join(apart)}")
+        if self.form == "dora":
+            raise ValueError("onto adds up two changes of W, and what form dora makes of W is no sum; take form lora")
+        if self.storage != "dense":
+            raise ValueError(f"onto merges an adapter beneath, and storage {self.storage} holds codes; leave out one")
+
+    @property
+    def replayed(self) -> tuple[str, float]:
+        """The file that is mixed in, and its share of the documents; ("", 0) where there is none."""
+        source, _, share = (self.replay or ":0").rpartition(":")
+        return source, float(share)
 
     @property
     def whole(self) -> bool:
@@ -236,11 +284,13 @@ class TrainRequest(Settings):
     def run(self) -> Run:
         same = set(Run.model_fields) & set(type(self).model_fields)
         pruning = Pruning(target_rank=self.target_rank, orthogonality=self.orthogonality)
-        return Run(**{name: getattr(self, name) for name in same}, pruning=pruning)
+        moments = self.continue_from if self.keep_optimiser else None
+        return Run(**{name: getattr(self, name) for name in same}, pruning=pruning, moments=moments)
 
     @property
     def loop(self) -> Loop:
-        return Loop(**{name: getattr(self, name) for name in set(Loop.model_fields) & set(type(self).model_fields)})
+        same = set(Loop.model_fields) & set(type(self).model_fields) - {"replay"}  # which documents is found out later
+        return Loop(**{name: getattr(self, name) for name in same})
 
     @property
     def start(self) -> Start:

@@ -19,8 +19,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from rankwise.adapters.presets import TARGET_ROLES
+from rankwise.adapters.spec import DATA_STARTS
 from rankwise.engine.folder import LOCK, locked
 from rankwise.engine.interrupt import Interrupted
+from rankwise.engine.look import Spectrum
 from rankwise.errors import RunFolderError, SpecError
 from rankwise.formats.tensors import write_text
 from rankwise.jobs.evaluate import frequencies
@@ -53,6 +55,7 @@ class SearchRequest(Settings):
     Args:
         budget: how much is spent on each question (`search/budget.py`).
         ranks: of the ladder; by itself by what there is to learn from.
+        allocate: what the chosen rank's parameters are given out to layers by; by itself they are not.
         also: other candidates, each `setting=value[,setting=value]` of `TrainRequest`, such as `form=dora`.
         pack: adapters that train side by side; 0 takes what memory holds, at most 8.
         until: the last step that is made.
@@ -64,6 +67,7 @@ class SearchRequest(Settings):
     budget: Literal["express", "standard", "full"] = "standard"
     ranks: Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_numbers)] = ()
     also: Repeated = ()
+    allocate: Spectrum | None = None
     pack: int = Field(default=0, ge=0)
     until: Step = "ship"
     engine: Literal["local", "ray"] = "local"
@@ -109,10 +113,29 @@ def _check(asked: SearchRequest, request: TrainRequest) -> None:
         raise SpecError("a search is for fresh adapters", hint=f"leave out {apart}")
     if request.rank_pattern or request.alpha_pattern:
         raise SpecError("a search finds ranks", hint="leave out rank_pattern and alpha_pattern; compress finds those")
+    if request.nested:
+        raise SpecError("a search compares ranks that are trained alone", hint="leave out nested; train with it after")
+    if asked.allocate is not None:
+        _check_allocation(request)
     if request.form != "lora" and not BUDGETS[asked.budget].ladder:
         raise SpecError(
             f"budget {asked.budget} cuts one adapter of form lora, and the form is {request.form}",
             hint="--budget standard trains every rank",
+        )
+
+
+def _check_allocation(request: TrainRequest) -> None:
+    """That ranks are not given out twice, and by documents that can be looked at."""
+    if request.form == "adalora" or request.init in DATA_STARTS:
+        named = "form adalora" if request.form == "adalora" else f"init {request.init}"
+        raise SpecError(
+            f"--allocate gives the ranks out, and {named} looks for itself where directions belong",
+            hint="leave out one of the two",
+        )
+    if request.task != "causal-lm":
+        raise SpecError(
+            f"--allocate looks at documents as task causal-lm reads them, and the task is {request.task}",
+            hint="leave out --allocate; compress finds a rank for each layer for every task",
         )
 
 
@@ -181,7 +204,7 @@ def _advisor(asked: SearchRequest, request: TrainRequest, subject: Subject, tria
         parameters["named layers"] = trials.bank.adapter("probe").parameter_count()
         trials.bank.remove("probe")
     methods = {text: _method(request, text, subject) for text in asked.also}
-    return Advisor(trials, spec, request.run, BUDGETS[asked.budget], parameters, asked.ranks, methods)
+    return Advisor(trials, spec, request.run, BUDGETS[asked.budget], parameters, asked.ranks, methods, asked.allocate)
 
 
 def _method(request: TrainRequest, text: str, subject: Subject) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -203,18 +226,11 @@ def _ask(advisor: Advisor, asked: SearchRequest, request: TrainRequest, facts: d
     """Every step up to the last one that is wanted; each answer is told as it comes."""
     place = request.out / "adapter"
     shipped = {name: facts[name] for name in ("task", "versions", "machine")}
-    answers = {
-        "count": advisor.count,
-        "noise": advisor.measure_noise,
-        "rate": advisor.find_rate,
-        "targets": advisor.compare_targets,
-        "ladder": advisor.climb,
-        "methods": advisor.try_methods,
-        "confirm": advisor.confirm,
-        "ship": lambda: advisor.ship(place, shipped),
-    }
     for step in STEPS[: STEPS.index(asked.until) + 1]:
-        answers[step]()
+        if step == "ship":
+            advisor.ship(place, shipped)
+        else:
+            advisor.ask(step)
         if (line := _line(step, advisor)) is not None:
             watch.say(line)
 
@@ -237,12 +253,14 @@ def _line(step: str, advisor: Advisor) -> str | None:
         "targets": lambda: found["chosen"],
         "ladder": lambda: f"rank {found['chosen']}, the best is {found['best']}",
         "methods": lambda: ", ".join(f"{point['name']} {point['verdict']}" for point in found["points"]),
+        "allocation": lambda: found["sentence"],
         "confirm": lambda: f"rank {found['chosen']}: {found['verdict']}",
         "ship": lambda: (
             f"{found['parameters']['compressed']:,} of {found['parameters']['whole']:,} parameters are left"
+            + (f"; {found['control']['kept']} at these ranks is kept" if found["control"] is not None else "")
         ),
     }
-    return f"[bold]{step:9}[/bold] {said[step]()}"
+    return f"[bold]{step:10}[/bold] {said[step]()}"
 
 
 def _told(advisor: Advisor, request: TrainRequest, facts: dict[str, Any], seconds: float) -> dict[str, Any]:
@@ -251,7 +269,7 @@ def _told(advisor: Advisor, request: TrainRequest, facts: dict[str, Any], second
     known = trials.study.rows()
     found = None
     if record["confirm"] is not None:
-        found = recommendation(record, advisor.found) | {"command": _winner(advisor, request)}
+        found = recommendation(record, advisor.found) | {"command": winner(advisor, request)}
     rows = [
         {
             "name": name,
@@ -279,10 +297,11 @@ def _told(advisor: Advisor, request: TrainRequest, facts: dict[str, Any], second
     return told | {"out": str(request.out), "report": str(report)}
 
 
-def _winner(advisor: Advisor, request: TrainRequest) -> str:
+def winner(advisor: Advisor, request: TrainRequest) -> str:
     """The command that trains the recommended adapter again: alone, and so to rounding."""
     found = advisor.found
     chosen = {"rank": found["rank"], "alpha": found["alpha"], "lr": found["lr"], "targets": advisor.spec.targets}
+    chosen |= {"rank_pattern": found["rank_pattern"]} if found["rank_pattern"] else {}
     given = request.model_dump(exclude_unset=True) | chosen | {"out": request.out / "winner", "resume": False}
     return TrainRequest(**given).command()
 
@@ -290,7 +309,7 @@ def _winner(advisor: Advisor, request: TrainRequest) -> str:
 def _command(asked: SearchRequest, request: TrainRequest) -> str:
     named = [
         name
-        for name in ("budget", "pack", "until", "engine", "ray_address", "workers")
+        for name in ("budget", "pack", "until", "allocate", "engine", "ray_address", "workers")
         if name in asked.model_fields_set
     ]
     own = [f"--{name.replace('_', '-')} {getattr(asked, name)}" for name in named]

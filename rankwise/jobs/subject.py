@@ -36,13 +36,16 @@ class Subject:
 
 def subject_of(request: TrainRequest, watch: Watch) -> Subject:
     """The model with its reader; what is wrong with the sources is found out before anything is loaded."""
-    check_adapters(list(filter(None, [request.continue_from])), "train it further as --model, with --form full or not")
-    judged = {part: source for part in ("valid", "test") if (source := getattr(request, part)) is not None}
-    check_sources(request.task, [*request.data, *judged.values()])
-    classes = learnt_classes(request.task, request.data, judged)
+    earlier = list(filter(None, [request.continue_from, request.onto]))
+    check_adapters(earlier, "train it further as --model, with --form full or not")
+    beside = {part: source for part in ("valid", "test") if (source := getattr(request, part)) is not None}
+    if request.replay is not None:
+        beside["replay"] = request.replayed[0]
+    check_sources(request.task, [*request.data, *beside.values()])
+    classes = learnt_classes(request.task, request.data, beside)
     with watch.stage(f"loading {request.model}"):
         loaded, classes = load_for(request.model, request.task, classes, **_loading(request))
-    base = with_tokens_of(loaded, list(filter(None, [request.continue_from])), force=request.force)
+    base = with_tokens_of(loaded, earlier, force=request.force)
     new_tokens = add_tokens(base.tokenizer, request.add_tokens) if request.add_tokens else ()
     reading: dict[str, Any] = {name: getattr(request, name) for name in ("max_length", "overlong", "train_on", "seed")}
     reader = reader_for(base, classes, **reading)

@@ -16,6 +16,8 @@ import json
 import signal
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -47,9 +49,10 @@ from rankwise.reports.reader import read_run
 from rankwise.reports.run import Start
 from rankwise.reports.verdict import judge, stop
 from rankwise.surgery.bank import Bank
+from rankwise.surgery.beneath import Beneath
 from rankwise.texts import json_text
 
-ADAPTER = "adapter"
+ADAPTER, _BENEATH = "adapter", "beneath"
 
 
 def run_training(request: TrainRequest, watch: Watch) -> dict[str, Any]:
@@ -83,7 +86,7 @@ def _run(request: TrainRequest, folder: RunFolder, watch: Watch) -> dict[str, An
     base = subject.base
     documents = read_documents(request, subject.reader, watch)
     asked = asked_of(base.model, base.tokenizer, subject.reader, documents.test)
-    with Bank(base.model) as bank:
+    with Bank(base.model) as bank, _beneath(bank, request, subject, watch) as beneath:
         begun = None if request.whole else _adapter(bank, request, subject, documents, folder, watch)
         memory = predicted_training(request, base, bank, documents.train)
         watch.say(plan_text(request, base, bank, documents, subject.reader, memory, begun))
@@ -94,15 +97,14 @@ def _run(request: TrainRequest, folder: RunFolder, watch: Watch) -> dict[str, An
             before = before_training(bank, base, documents.test, asked, watch, judged=judged)
         began = time.monotonic()
         outcome = _train(bank, request, documents, folder, watch)
-        tokens = int(documents.train.lengths().sum())
         facts = _facts(request, subject, documents) | {
-            "training": _training_facts(folder, outcome, time.monotonic() - began, tokens)
+            "training": _training_facts(folder, outcome, time.monotonic() - began, documents.epoch_tokens)
             | {"predicted_memory_bytes": memory.peak if memory is not None else None},
         }
         if before is not None:
             save_whole(bank, base, before, request.out, facts)
         else:
-            _save_adapter(bank, request, subject, begun, facts)
+            _save_adapter(bank, request, subject, begun, facts | _joined(bank, request, beneath))
         if outcome.failed:
             kept = "model" if request.whole else "adapter"
             warnings.warn(
@@ -125,6 +127,33 @@ def _adapter(
         return None
     spec = request.spec_with(subject.base.fresh).model_copy(update={"new_tokens": subject.new_tokens})
     return _begin(bank, request, spec, documents, folder, watch)
+
+
+@contextmanager
+def _beneath(bank: Bank, request: TrainRequest, subject: Subject, watch: Watch) -> Iterator[Beneath | None]:
+    """The adapter that is trained on top of, merged beneath the model, if there is one."""
+    if request.onto is None:
+        yield None
+        return
+    load_adapter(bank, _BENEATH, request.onto, subject.base, subject.reader.digest, force=request.force)
+    with watch.stage(f"merging {request.onto} beneath"):
+        beneath = Beneath(bank, _BENEATH)
+    try:
+        yield beneath
+    finally:
+        beneath.lift()
+
+
+def _joined(bank: Bank, request: TrainRequest, beneath: Beneath | None) -> dict[str, Any]:
+    """Puts what was learnt and what it stands on in the bank as one adapter, on the bare base; what the record says."""
+    if beneath is None:
+        return {}
+    made = beneath.joined(bank.adapter(ADAPTER))
+    own = bank.adapter(ADAPTER).plain()
+    bank.remove(ADAPTER)
+    beneath.lift()
+    bank.put(ADAPTER, made.adapter)
+    return {"onto": {"folder": str(request.onto), "digest": beneath.adapter.digest(), "learnt": own.digest()}}
 
 
 def _save_adapter(
@@ -176,7 +205,7 @@ def _train(bank: Bank, request: TrainRequest, documents: Documents, folder: RunF
             {name: request.run},
             documents.train,
             valid=documents.valid,
-            loop=request.loop,
+            loop=request.loop.model_copy(update={"replay": documents.replay}),
             out=folder,
             resume=request.resume,
             observe=observe,
@@ -206,7 +235,7 @@ def _warn_of_unmet(subject: Subject, documents: Documents) -> None:
         warnings.warn(said, RankwiseWarning, stacklevel=3)
 
 
-def _training_facts(folder: RunFolder, outcome: Outcome, seconds: float, epoch_tokens: int) -> dict[str, Any]:
+def _training_facts(folder: RunFolder, outcome: Outcome, seconds: float, epoch_tokens: float) -> dict[str, Any]:
     """Counted from the metrics, so that a resumed run counts what went before."""
     lines = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
     steps = [line for line in lines if line["kind"] == "step"]

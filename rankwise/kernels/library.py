@@ -71,6 +71,58 @@ class Layout(ctypes.Structure):
     ]
 
 
+class Factors(ctypes.Structure):
+    """serving.c, Factors."""
+
+    _fields_ = [*((name, c_void_p) for name in ("A", "B", "gain")), ("rank", c_int64)]
+
+
+class SiteOf(ctypes.Structure):
+    """serving.c, Site."""
+
+    _fields_ = [
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        ("inputs", c_int64),
+        ("outputs", c_int64),
+        ("factors", POINTER(Factors)),
+        ("count", c_int64),
+    ]
+
+
+class Past(ctypes.Structure):
+    """serving.c, Past."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("seen", "begins", "tables")),
+        *((name, c_int64) for name in ("block", "heads", "groups", "width", "window")),
+        ("scale", c_float),
+        ("softcap", c_float),
+    ]
+
+
+class LayerOf(ctypes.Structure):
+    """serving.c, Layer."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("norm1", "norm2", "q_norm", "k_norm")),
+        *((name, SiteOf) for name in ("q", "k", "v", "o", "gate", "up", "down")),
+        *((name, c_void_p) for name in ("keys", "values")),
+        ("window", c_int64),
+    ]
+
+
+class DecoderOf(ctypes.Structure):
+    """serving.c, Decoder."""
+
+    _fields_ = [
+        ("layers", POINTER(LayerOf)),
+        *((name, c_int64) for name in ("count", "hidden", "activation")),
+        ("eps", c_float),
+        ("offset", c_float),
+    ]
+
+
 _FUNCTIONS = {
     "attention_forward": (c_int, [Heads, Heads, Heads, Pointer, Pointer, Layout]),
     "attention_backward": (c_int, [Heads, Heads, Heads, Pointer, Pointer, Heads, *[Pointer] * 3, Layout]),
@@ -87,6 +139,9 @@ _FUNCTIONS = {
         c_int,
         [TensorRows, TensorRows, Pointer, Matrix, Pointer, POINTER(LowRankPart), Int, Pointer, Int, Int, Int],
     ),
+    "grouped_product": (c_int, [POINTER(SiteOf), *[Pointer] * 3, Int, c_int]),
+    "cached_attention": (c_int, [POINTER(Past), Heads, Heads, Heads, *[Pointer] * 3, Int, Int, Int, c_int]),
+    "decoder_step": (c_int, [POINTER(DecoderOf), POINTER(Past), Pointer, Int, *[Pointer] * 3, c_int]),
     "rankwise_supported": (c_int, []),
 }
 

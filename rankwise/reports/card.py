@@ -24,7 +24,7 @@ from rankwise.tasks import DEFAULT, TASKS, Task
 LONGEST_SAMPLE = 1_500
 MOST_SAMPLES = 3
 
-_PLACES = ("model", "data", "valid", "test", "out", "continue_from")  # settings that name one
+_PLACES = ("model", "data", "valid", "test", "out", "continue_from", "onto", "replay")  # settings that name one
 
 # A name the Hub could know: `gpt2` or `owner/model`.  Anything else is a place on somebody's disk.
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)

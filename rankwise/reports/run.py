@@ -154,6 +154,7 @@ class Record:
     task: str = "causal-lm"
     classes: tuple[Class, ...] = ()
     tokens: dict[str, tuple[NonNegativeInt, ...]] = field(default_factory=dict)
+    nested: tuple[NonNegativeInt, ...] = ()
     new_tokens: dict[str, NonNegativeInt] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)

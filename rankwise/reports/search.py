@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt
 
 from rankwise.reports.run import Delta
+from rankwise.reports.search_allocation import Allocation
 
-Step = Literal["count", "noise", "rate", "targets", "ladder", "methods", "confirm", "ship"]
+Step = Literal["count", "noise", "rate", "targets", "ladder", "methods", "allocation", "confirm", "ship"]
 STEPS: tuple[Step, ...] = get_args(Step)
 
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
@@ -179,6 +180,21 @@ class Truncation:
 
 
 @dataclass(frozen=True)
+class NestedPoint:
+    rank: PositiveInt
+    loss: FiniteFloat
+    delta: Bounded | None
+
+
+@dataclass(frozen=True)
+class Nested:
+    """One run of `rank`, of which every smaller one is a part that learns too; differences are to that rank alone."""
+
+    rank: PositiveInt
+    points: Annotated[tuple[NestedPoint, ...], Field(min_length=1)]
+
+
+@dataclass(frozen=True)
 class Method:
     name: str
     status: str
@@ -225,13 +241,30 @@ class ShippedLosses:
 
 
 @dataclass(frozen=True)
+class Control:
+    """A fresh adapter trained at the ranks that are left; `delta` is to what is left, on documents to confirm on."""
+
+    status: str
+    loss: FiniteFloat | None
+    delta: Bounded | None
+    kept: Literal["compressed", "trained"]
+
+
+@dataclass(frozen=True)
 class Ship:
-    """The adapter that is left; `spectrum`: singular values of the whole one at each site, the largest first."""
+    """The adapter that is left.
+
+    Attributes:
+        control: training at its ranks; None where that was left out, `no_control` says why.
+        spectrum: singular values of the whole one at each site, the largest first.
+    """
 
     parameters: Sizes
     losses: ShippedLosses
     tolerance: Tolerance
     ranks: dict[str, NonNegativeInt]
+    control: Control | None = None
+    no_control: str = ""
     spectrum: dict[str, tuple[FiniteFloat, ...]] = field(default_factory=dict)
 
 
@@ -253,7 +286,7 @@ class Trial:
     """A candidate trained with a seed; `step`: the question that needed it first."""
 
     name: str
-    step: Literal["noise", "rate", "targets", "ladder", "methods", "confirm"]
+    step: Literal["noise", "rate", "targets", "ladder", "methods", "allocation", "confirm", "ship"]
     seed: int
     share: Share
     status: str
@@ -271,6 +304,7 @@ class Recommendation:
     lr: Rate
     targets: str
     command: str
+    rank_pattern: dict[str, PositiveInt] = field(default_factory=dict)
     invariants: dict[str, FiniteFloat] = field(default_factory=dict)
 
 
@@ -296,7 +330,9 @@ class Search:
     targets: Targets | None = None
     ladder: Ladder | None = None
     truncation: Truncation | None = None
+    nested: Nested | None = None
     methods: Methods | None = None
+    allocation: Allocation | None = None
     confirm: Confirm | None = None
     ship: Ship | None = None
     recommendation: Recommendation | None = None

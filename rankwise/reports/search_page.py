@@ -10,17 +10,9 @@ from rankwise.reports.folder import REPORT, place
 from rankwise.reports.page import Tile, environment
 from rankwise.reports.run import Delta
 from rankwise.reports.search import STEPS, Confirmed, Search
-from rankwise.reports.search_plots import (
-    confirm_plot,
-    cost_plot,
-    methods_plot,
-    places,
-    rank_plot,
-    rates_plot,
-    share,
-    targets_plot,
-)
+from rankwise.reports.search_plots import cost_plot, places, rank_plot, rates_plot, share
 from rankwise.reports.search_reader import read_search
+from rankwise.reports.search_rows import allocation_plot, confirm_plot, methods_plot, targets_plot
 from rankwise.reports.search_traces import curves_plot, ranks_plot
 from rankwise.reports.words import Words
 from rankwise.tasks import DEFAULT, TASKS
@@ -28,7 +20,7 @@ from rankwise.tasks import DEFAULT, TASKS
 # Classes of the stylesheet; `unclear` is that of the run report where nobody can tell.
 LOOKS = {"recommended": "recommended", "provisional": "provisional", "cannot tell": "unclear"}
 MOST_VALUES = 8  # singular values of a layer that are written out
-LEARNING = ("noise", "rate", "targets", "ladder", "methods", "confirm")
+LEARNING = ("noise", "rate", "targets", "ladder", "methods", "allocation", "confirm", "ship")
 TITLES = {
     "count": "What there is to learn from",
     "noise": "How small a difference can be seen",
@@ -36,6 +28,7 @@ TITLES = {
     "targets": "Which layers",
     "ladder": "Which rank",
     "methods": "Whether another method is better",
+    "allocation": "Whether some layers want more rank",
     "confirm": "Whether it holds on new documents",
     "ship": "What the adapter can do without",
 }
@@ -74,6 +67,8 @@ def render(search: Search, name: str) -> str:
             ranks=rank_plot(search, unit),
             methods=methods_plot(search.methods, unit) if search.methods else None,
             confirmed=confirm_plot(search.confirm, unit) if search.confirm else None,
+            allocated=allocation_plot(search.allocation, unit) if search.allocation else None,
+            given=ranks_plot(search.allocation.ranks, given=True) if search.allocation else None,
             kept=ranks_plot(search.ship.ranks) if search.ship else None,
             cost=cost_plot(search.cost) if rate else None,
             curves={step: curves_plot(search, step, unit) for step in LEARNING},
@@ -103,6 +98,7 @@ def _absent(search: Search, step: str) -> str:
         if search.budget == "express"
         else "the layers were named, so that there was nothing to compare",
         "methods": "no other method was put on the list (--also)",
+        "allocation": "ranks by layer were not asked for (--allocate)",
     }
     return f"Not run: {why.get(step, 'it is not in search.json')}."
 

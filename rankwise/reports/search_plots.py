@@ -1,4 +1,4 @@
-"""The pictures of a search: which rank, which rate, which layers, and what it cost.  Each is one question."""
+"""The pictures of a search: which rank, which rate, and what it cost.  Each is one question."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from rankwise.reports.numbers import counted, decimal, decimals_for, plain, signed
 from rankwise.reports.plots import EVEN_STEPS, Key, Plot, difference, label
 from rankwise.reports.run import Delta
-from rankwise.reports.search import Bounded, Confirm, Cost, Methods, Rates, Rung, Search, Targets
+from rankwise.reports.search import Bounded, Cost, Rates, Rung, Search
 from rankwise.reports.svg import NARROW, WIDE, colour, picture
 
 ROLE = {"best": "tuned", "not worse": "tuned", "better": "tuned", "worse": "worse", "failed": "worse"}
 LONGEST_NAME = 34  # of a row: as much as a narrow screen holds
 _WIDEST = 8  # tolerances above zero that a frame shows at most, beyond what is needed to see the choice
-_DASHED = (0, (5, 4))
+DASHED = (0, (5, 4))
+_OF_NESTED = {"color": colour("series-2"), "linewidth": 1, "markersize": 3}
 
 
 def role(verdict: str) -> str:
@@ -82,13 +83,15 @@ def rank_plot(search: Search, unit: str) -> Plot | None:
         return None
     beside = [(point.rank, point.delta.mean) for point in cut.points] if ladder is not None and cut is not None else []
     cut_at, cut_to = [math.log2(x) for x, _ in beside], [y for _, y in beside]
+    nested = _nested_to(search)
     bottom, top = _rank_frame(marks, tolerance, chosen)
 
     def draw(axes: Any) -> None:
         axes.axhspan(bottom, tolerance, color=colour("tuned"), alpha=0.09, linewidth=0)
         axes.axhline(0, color=colour("ink"), linewidth=1.2)
-        axes.axhline(tolerance, color=colour("tuned"), linewidth=1.2, linestyle=_DASHED)
+        axes.axhline(tolerance, color=colour("tuned"), linewidth=1.2, linestyle=DASHED)
         axes.plot(cut_at, cut_to, "-o", color=colour("train"), linewidth=1, markersize=3)
+        axes.plot([math.log2(x) for x, _ in nested], [y for _, y in nested], "-s", **_OF_NESTED)
         for mark in marks:
             _draw_mark(axes, mark, top, strong=mark.rank == chosen)
         axes.set_ylim(bottom, top)
@@ -99,9 +102,25 @@ def rank_plot(search: Search, unit: str) -> Plot | None:
 
     title = f"Difference in loss by rank; rank {chosen} is the smallest that is enough"
     keys = _rank_keys(marks, tolerance, ladder is not None, cut.rank if beside and cut is not None else None)
-    beyond = [f"{signed(y)} at rank {x}" for x, y in beside if y > top]
-    note = f"Outside the frame, of the cut adapter: {', '.join(beyond)}." if beyond else ""
+    if nested:
+        keys = (
+            *keys[:-2],
+            Key("line", "series-2", f"one nested adapter of rank {nested[-1][0]}, against {against}"),
+            *keys[-2:],
+        )
+    lines = {"cut": beside, "nested": nested}
+    beyond = {name: [f"{signed(y)} at rank {x}" for x, y in line if y > top] for name, line in lines.items()}
+    note = " ".join(f"Outside the frame, of the {n} adapter: {', '.join(out)}." for n, out in beyond.items() if out)
     return Plot(picture("rank", title, draw, (WIDE[0], 340), (NARROW[0], 320)), keys, note)
+
+
+def _nested_to(search: Search) -> list[tuple[int, float]]:
+    """Rank and difference to the best of the ladder of an adapter that has learnt all ranks."""
+    ladder, nested = search.ladder, search.nested
+    if ladder is None or nested is None:
+        return []
+    best = next((point.loss for point in ladder.points if point.rank == ladder.best), None)
+    return [] if best is None else [(point.rank, point.loss - best) for point in nested.points]
 
 
 def _rank_frame(marks: Sequence[Mark], tolerance: float, chosen: int) -> tuple[float, float]:
@@ -217,109 +236,6 @@ def _mark_best_rate(axes: Any, rate: Rates) -> None:
     axes.plot(rate.best, loss, "o", markersize=15, markerfacecolor="none", markeredgecolor=colour("tuned"), zorder=4)
     said = f"best {plain(float(f'{rate.best:.3g}'))}: {decimal(loss)}"
     label(axes, said, (rate.best, loss), (0, -22), "center", weight="bold")
-
-
-# ── rows: layers, methods, confirmation ──────────────────────────────────────────────────────────────────────────────
-
-
-@dataclass(frozen=True)
-class Row:
-    """One interval; without a difference it is what the others are compared with, or has failed."""
-
-    said: str
-    delta: Delta | None
-    role: str
-    failed: bool = False
-
-
-def targets_plot(targets: Targets, unit: str) -> Plot:
-    """Layers with as many parameters each, against the best of them."""
-    rows = [
-        _row(f"{short(point.targets, 20)}, rank {point.rank}", point.delta, point.verdict, point.status)
-        for point in targets.points
-    ]
-    return _rows("targets", "Layers against the best of them", rows, f"0 = {short(targets.best, 14)}", unit)
-
-
-def methods_plot(methods: Methods, unit: str) -> Plot:
-    """Other methods, against what was found without them."""
-    rows = [_row(short(point.name), point.delta, point.verdict, point.status) for point in methods.points]
-    return _rows("methods", "Other methods against what was found", rows, "0 = as found", unit)
-
-
-def confirm_plot(confirm: Confirm, unit: str) -> Plot | None:
-    """The chosen rank against the best, on documents that no choice looked at."""
-    shades = {confirm.chosen: confirm.verdict}
-    rows = [
-        _row(f"rank {point.rank}", point.delta, shades.get(point.rank, ""), "finished")
-        for point in confirm.points
-        if point.delta is not None
-    ]
-    best = next((point.rank for point in confirm.points if point.delta is None), None)
-    if not rows or best is None:
-        return None
-    return _rows("confirmed", "The chosen rank against the best", rows, f"0 = rank {best}", unit, confirm.tolerance)
-
-
-def _row(name: str, delta: Delta | None, verdict: str, status: str) -> Row:
-    if delta is None:
-        failed = verdict == "failed"
-        return Row(f"{name}: {status if failed else 'the best'}", None, role(verdict), failed)
-    said = verdict if verdict != "best" else "the best"
-    return Row(f"{name}: {signed(delta.mean, places(delta))}, {said}", delta, role(verdict))
-
-
-def _rows(name: str, title: str, rows: Sequence[Row], zero: str, unit: str, tolerance: float | None = None) -> Plot:
-    deltas = [row.delta for row in rows if row.delta is not None]
-    ends = [0.0, tolerance or 0.0, *(end for delta in deltas for end in (delta.low, delta.high))]
-    room = (max(ends) - min(ends)) or 1.0
-
-    def draw(axes: Any) -> None:
-        axes.grid(axis="x")
-        axes.grid(visible=False, axis="y")
-        for number, row in enumerate(rows):
-            beside = [-number - 0.5, -number + 0.14]  # and not through the words above
-            axes.plot([0, 0], beside, color=colour("ink"), linewidth=1.5)
-            if tolerance is not None:
-                axes.plot([tolerance] * 2, beside, color=colour("tuned"), linewidth=1.2, linestyle=_DASHED)
-            _draw_row(axes, -number, row)
-        axes.set_xlim(min(ends) - 0.15 * room, max(ends) + 0.15 * room)
-        axes.set_ylim(-len(rows) + 0.55, 0.7)
-        axes.set_yticks([])
-        axes.xaxis.set_major_locator(MaxNLocator(5, steps=EVEN_STEPS))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: difference(value) if value else zero))
-        axes.set_xlabel(f"difference, nats per {unit}")
-        axes.set_title("← better", loc="left", color=colour("tuned"), fontsize=12)
-        axes.set_title("worse →", loc="right", color=colour("worse"), fontsize=12)
-
-    keys = [Key("dots", shade, said) for shade, said in _ROW_KEYS.items() if any(row.role == shade for row in rows)]
-    if tolerance is not None:
-        keys.append(Key("dashed", "tuned", f"tolerated, {plain(float(f'{tolerance:.2g}'))}"))
-    height = 84 + 46 * len(rows)
-    return Plot(picture(name, title, draw, (WIDE[0], height), (NARROW[0], height)), tuple(keys))
-
-
-_ROW_KEYS = {
-    "tuned": "better, best or not worse",
-    "worse": "worse, or failed",
-    "muted": "cannot tell",
-}
-
-
-def _draw_row(axes: Any, at: int, row: Row) -> None:
-    shade = colour(row.role)
-    if row.delta is not None:
-        ends = [row.delta.low, row.delta.high]
-        axes.plot(ends, [at, at], color=shade, linewidth=7, alpha=0.35, solid_capstyle="butt")
-        if isinstance(row.delta, Bounded):
-            axes.plot([row.delta.upper] * 2, [at - 0.14, at + 0.14], color=shade, linewidth=2)
-        if isinstance(row.delta, Bounded):
-            axes.plot([row.delta.upper] * 2, [at - 0.16, at + 0.16], color=shade, linewidth=2)
-        axes.plot(row.delta.mean, at, "o", color=shade, markersize=10, markeredgecolor=colour("surface"))
-    elif not row.failed:
-        axes.plot(0, at, "o", color=shade, markersize=10, markeredgecolor=colour("surface"))
-    style = {"color": shade} if row.failed else {}
-    label(axes, row.said, (0, at), (0, 9), "left", transform=axes.get_yaxis_transform(), **style)
 
 
 # ── what it cost ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -82,11 +82,19 @@ def _deltas(search: Search) -> Iterator[tuple[str, Delta]]:
         yield "noise.gain", search.noise.gain
     rungs = search.rate.rungs if search.rate is not None else ()
     many: list[tuple[str, Sequence[Any]]] = [(f"rate.rungs.{n}", rung.points) for n, rung in enumerate(rungs)]
-    for step in ("targets", "ladder", "truncation", "methods", "confirm"):
+    for step in ("targets", "ladder", "truncation", "nested", "methods", "allocation", "confirm"):
         found = getattr(search, step)
         many.append((step, found.points if found is not None else ()))
     for where, points in many:
         yield from ((f"{where}.points.{n}.delta", point.delta) for n, point in enumerate(points) if point.delta)
+    if (allocation := search.allocation) is not None:
+        if allocation.against is not None:
+            yield "allocation.against.uniform", allocation.against.uniform
+            yield "allocation.against.shuffled", allocation.against.shuffled
+        if allocation.confirmed is not None:
+            yield "allocation.confirmed", allocation.confirmed
+    if search.ship is not None and search.ship.control is not None and search.ship.control.delta is not None:
+        yield "ship.control.delta", search.ship.control.delta
     for number, point in enumerate(search.confirm.points if search.confirm is not None else ()):
         yield f"confirm.points.{number}.gain", point.gain
 

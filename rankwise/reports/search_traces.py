@@ -1,4 +1,4 @@
-"""What a search left in detail: how each candidate learnt, and where the shipped adapter keeps its ranks."""
+"""What a search left in detail: how each candidate learnt, and the rank of each layer."""
 
 from __future__ import annotations
 
@@ -77,6 +77,9 @@ def _losses(search: Search, step: str) -> tuple[list[float], list[float]]:
         pairs = [(point.loss, point.rank == ladder.chosen) for point in ladder.points]
     elif step == "methods" and search.methods is not None:
         pairs = [(point.loss, point.verdict == "better") for point in search.methods.points]
+    elif step == "allocation" and (allocation := search.allocation) is not None:
+        kept = "allocated" if allocation.verdict == "recommended" else "uniform"
+        pairs = [(point.loss, point.name == kept) for point in allocation.points]
     return [x for x, kept in pairs if kept and x is not None], [x for x, _ in pairs if x is not None]
 
 
@@ -111,7 +114,7 @@ def _draw_trace(axes: Any, trace: Trace, top: float) -> None:
     axes.plot(*at, **style)
 
 
-# ── ranks that are kept ──────────────────────────────────────────────────────────────────────────────────────────────
+# ── the rank of each layer ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 def kinds(ranks: Mapping[str, int]) -> dict[str, dict[int, int]]:
@@ -145,8 +148,8 @@ def _shortest(path: str, others: Mapping[str, Any]) -> str:
     return path
 
 
-def ranks_plot(ranks: Mapping[str, int]) -> Plot | None:
-    """How much of each layer is left: a row a kind of layer, a column a block."""
+def ranks_plot(ranks: Mapping[str, int], *, given: bool = False) -> Plot | None:
+    """How much of each layer is left, or is given out to it: a row a kind of layer, a column a block."""
     rows = kinds(ranks)
     if not rows:
         return None
@@ -172,11 +175,15 @@ def ranks_plot(ranks: Mapping[str, int]) -> Plot | None:
         axes.set_xlabel("block")
 
     height = 56 + 26 * len(rows)
-    keys = (Key("area", "tuned", f"strongest: rank {most}"), Key("area", "line", "nothing left"))
+    keys = [Key("area", "tuned", f"strongest: rank {most}")]
+    if not given:
+        keys.append(Key("area", "line", "nothing left"))
     alone = outside(ranks)
     note = f"In no block: {', '.join(f'{path} {rank}' for path, rank in alone.items())}." if alone else ""
-    title = f"Rank kept of each layer, from 0 to {most}"
-    return Plot(picture("kept", title, draw, (WIDE[0], height), (NARROW[0], height)), keys, note)
+    least = min(rank for found in rows.values() for rank in found.values()) if given else 0
+    name, what = ("given", "given out to each layer") if given else ("kept", "kept of each layer")
+    title = f"Rank {what}, from {least} to {most}"
+    return Plot(picture(name, title, draw, (WIDE[0], height), (NARROW[0], height)), tuple(keys), note)
 
 
 def _draw_cell(axes: Any, at: tuple[int, int], rank: int, most: int, *, written: bool) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from rankwise.adapters.adapter import Adapter
 from rankwise.adapters.parts import Parts, parts_of
-from rankwise.adapters.spec import LoraSpec, exactly
+from rankwise.adapters.spec import Form, LoraSpec, exactly
 from rankwise.data.examples import Examples
 from rankwise.data.split import split
 from rankwise.engine.evaluate import Evaluation, compared, measured_documents
@@ -189,12 +189,21 @@ def compress(
         bank.remove(probe)
 
 
-def _check(whole: Adapter, name: str) -> None:
-    if whole.spec.form == "dora":
+def check_divisible(name: str, form: Form) -> None:
+    """That an adapter of such a form is a sum of parts.
+
+    Raises:
+        SpecError: it is not.
+    """
+    if form == "dora":
         raise SpecError(
             f"{name!r} is of form dora, whose magnitudes are no sum of parts that could be left out one by one",
             hint="merge it, or train form lora, and compress that",
         )
+
+
+def _check(whole: Adapter, name: str) -> None:
+    check_divisible(name, whole.spec.form)
     if not whole.sites:
         raise SpecError(f"{name!r} has no low-rank part: there is nothing to take out")
 
@@ -288,8 +297,8 @@ class _Trial:
     def nothing(self, point: Point, allowed: float, documents: int) -> DataError:
         delta, share = point.difference, point.parameters / self.order.parameters[-1]
         return DataError(
-            f"nothing is shown to be dispensable: with {share:.0%} of its parameters the loss is {delta.mean:+.4f} "
-            f"(95 % bound {delta.high:+.4f}) against the whole adapter, and {allowed:.4f} nats are allowed, on "
+            f"nothing is shown to be dispensable: with {share:.0%} of its parameters the loss is {delta.mean:+.3g} "
+            f"(95 % bound {delta.high:+.3g}) against the whole adapter, and {allowed:.3g} nats are allowed, on "
             f"{documents} documents",
             hint="more documents make the bound tighter; or allow more",
         )

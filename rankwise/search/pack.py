@@ -77,7 +77,6 @@ class Packs(Protocol):
 
         Raises:
             RankwiseError: of training, for what no candidate is to blame.
-            Interrupted: SIGINT or SIGTERM.
         """
         ...
 

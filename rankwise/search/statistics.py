@@ -139,6 +139,29 @@ def difference(first: np.ndarray, second: np.ndarray, items: np.ndarray, noise: 
     return _estimate(mean, whole, terms)
 
 
+def beyond(first: np.ndarray, draws: np.ndarray, items: np.ndarray, noise: Noise | None = None) -> Estimate:
+    """`first` against the distribution that K `draws` come from, and not against their mean alone.
+
+    Were `first` one more draw, it would lie off the mean of the others by s²·(1 + 1/K) in variance, s² that of draws,
+    known with K - 1 degrees of freedom.  What documents and seeds do to the difference comes on top: a part of it is in
+    s² already, which errs on the safe side.
+
+    Args:
+        first: summed losses `[S, n]`.
+        draws: `[K, S, n]`, with the same seeds on the same documents.
+        items, noise: as of `difference`.
+
+    Raises:
+        DataError: fewer than two draws; or as `difference`.
+    """
+    if len(draws) < 2:
+        raise DataError(f"a distribution needs two draws at least, there are {len(draws)}")
+    apart = difference(first, draws.mean(0), items, noise)
+    between = float((draws.sum((1, 2)) / (len(first) * items.sum())).var(ddof=1)) * (1 + 1 / len(draws))
+    terms = ((apart.error**2, apart.freedom), (between, len(draws) - 1.0))
+    return _estimate(apart.mean, apart.error**2 + between, terms)
+
+
 def _estimate(mean: float, variance: float, terms: Sequence[tuple[float, float]]) -> Estimate:
     """With Satterthwaite's degrees of freedom of the terms that the variance is made of."""
     spread = sum(term**2 / freedom for term, freedom in terms)

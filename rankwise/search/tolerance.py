@@ -55,8 +55,8 @@ class Tolerance:
             return self.amount
         if gain.low <= 0:
             raise DataError(
-                f"the adapter is not measurably better than its base on these documents (gain {gain.mean:.4f}, 95 % "
-                f"{gain.low:.4f} … {gain.high:.4f} nats): a share of that says nothing",
+                f"the adapter is not measurably better than its base on these documents (gain {gain.mean:.3g}, 95 % "
+                f"{gain.low:.3g} … {gain.high:.3g} nats): a share of that says nothing",
                 hint="give more documents, or the tolerance in nats, such as 0.003",
             )
         return self.share * gain.mean

@@ -13,14 +13,17 @@ def recommendation(record: dict[str, Any], settings: dict[str, Any]) -> dict[str
 
     Args:
         record: the answers.
-        settings: `rank`, `alpha`, `lr`, `targets` that were found.
+        settings: `rank`, `rank_pattern`, `alpha`, `lr`, `targets` that were found.
 
     Returns:
         `kind` (`recommended`, `provisional` or `cannot tell`), `sentence`, `surer`, and the settings.
     """
     kind, reason = _judged(record)
-    found = f"rank {settings['rank']}, alpha {settings['alpha']:g}, learning rate {settings['lr']:.3g}"
+    rank = f"rank {settings['rank']}" + (" given out by layer" if settings.get("rank_pattern") else "")
+    found = f"{rank}, alpha {settings['alpha']:g}, learning rate {settings['lr']:.3g}"
     sentence = f"{found}, {settings['targets']}: {reason}"
+    if (allocation := record.get("allocation")) is not None:
+        sentence += f"; {allocation['sentence']}"
     return {"kind": kind, "sentence": sentence[0].upper() + sentence[1:], "surer": _surer(record), **settings}
 
 

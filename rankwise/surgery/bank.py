@@ -6,14 +6,14 @@ import copy
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 from zlib import crc32
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rankwise.adapters.adapter import Adapter, checked_name
 from rankwise.adapters.dropout import mixed
@@ -25,30 +25,21 @@ from rankwise.formats.record import describe, write_record
 from rankwise.frozen.coded import storage_of
 from rankwise.kernels.sizes import Storage
 from rankwise.surgery.begin import begun
-from rankwise.surgery.binding import check_fits
+from rankwise.surgery.binding import check_apart, check_fits
 from rankwise.surgery.identity import Identity
 from rankwise.surgery.layer import AdaptedLayer, CopiedLayer, Stand
+from rankwise.surgery.member import Member
 from rankwise.surgery.merge import Merged, MergeReport
-from rankwise.surgery.routing import Route, Router
+from rankwise.surgery.routing import Mix, Prefix, Route, Router, Way, check_mixes
 from rankwise.surgery.saving import warn_of_sites
 from rankwise.surgery.sites import Site, choose_modules, choose_sites, find_sites
 from rankwise.surgery.tokens import TokenLayer
 from rankwise.surgery.vocabulary import Vocabulary, declare_untied
 
 
-@dataclass(frozen=True)
-class _Member:
-    """What the bank remembers of an adapter beside its tensors."""
-
-    spec: LoraSpec
-    sites: tuple[str, ...]
-    modules: tuple[str, ...]
-    tokens: tuple[str, ...]
-    held: tuple[str, ...]  # where it has something in a stand: all of these, and what shares its rows
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        return self.sites + self.modules + self.tokens
+def _as_own(tensor: Tensor) -> Tensor:
+    """A copy, float32 where it is of floats."""
+    return tensor.to(torch.float32, copy=True) if tensor.is_floating_point() else tensor.clone()
 
 
 class Bank:
@@ -66,7 +57,7 @@ class Bank:
             raise BankError("the model is already held by a bank", hint="use that bank, or close it first")
         self.model: Any = model
         self.router = Router()
-        self._members: dict[str, _Member] = {}
+        self._members: dict[str, Member] = {}
         self._stands: dict[str, Stand] = {}
         self._flags: dict[str, bool] = {}
         self._merged: Merged | None = None
@@ -122,7 +113,7 @@ class Bank:
         sites = {path: self._stands[path].of(name) for path in member.sites}
         modules = {path: dict(self._stands[path].of(name).named_parameters()) for path in member.modules}
         tokens = {path: self._stands[path].of(name) for path in member.tokens}
-        return Adapter(member.spec, sites, modules, tokens=tokens)
+        return Adapter(member.spec, sites, modules, tokens=tokens, nested=member.nested)
 
     def named_parameters(self, name: str) -> Iterator[tuple[str, nn.Parameter]]:
         """An adapter's parameters, named as in `Adapter.tensors`; those of sites, of modules and of tokens in turn."""
@@ -130,7 +121,7 @@ class Bank:
             for part, parameter in self._stands[path].of(name).named_parameters():
                 yield f"{path}.{part}", parameter
 
-    def _member(self, name: str) -> _Member:
+    def _member(self, name: str) -> Member:
         if name not in self._members:
             held = ", ".join(self._members) or "none"
             raise BankError(f"no adapter {name!r}{nearest(str(name), self.names)}", hint=f"the bank holds: {held}")
@@ -161,15 +152,20 @@ class Bank:
             BankError: as `add`.
             AdapterMismatchError: lists every part that does not fit this model.
         """
+        self._put(name, adapter, seed, copied=True)
+
+    def _put(self, name: str, adapter: Adapter, seed: int, *, copied: bool) -> None:
+        """Of an adapter that nobody else has tensors alone are `copied`: they may lie in a file."""
         named = {path: site for site in self.sites.values() for path in (site.path, *site.aliases)}
         check_fits(adapter, named, self.modules, self.vocabulary)
         given = {named[path].path: one for path, one in adapter.sites.items()}
-        factors = {path: copy.deepcopy(given[path]).float() for path in self.sites if path in given}
+        own = {path: copy.deepcopy(given[path]) if copied else given[path] for path in self.sites if path in given}
+        factors = {path: one.float() if copied else one._apply(_as_own) for path, one in own.items()}
         tokens = self.vocabulary.brought(adapter)
-        self._hold(name, Adapter(adapter.spec, factors, adapter.modules, tokens=tokens), seed)
+        self._hold(name, replace(adapter, sites=factors, tokens=tokens), seed)
 
-    def load(self, name: str, folder: str | Path, *, force: bool = False) -> None:
-        """Adds an adapter from a folder in PEFT's format, ours or anyone's.
+    def load(self, name: str, folder: str | Path, *, rank: int | None = None, force: bool = False) -> None:
+        """Adds an adapter from a folder in PEFT's format, ours or anyone's; a nested one at a `rank`, if one is given.
 
         Warns:
             RankwiseWarning: its ΔW is zero everywhere; it changes nothing.
@@ -177,12 +173,13 @@ class Bank:
         Raises:
             AdapterFileError: a file is missing, damaged, or asks for what is not known.
             AdapterMismatchError: parts that do not fit this model (all listed), or, unless `force`, another base.
+            SpecError: a rank that the adapter has not, or of one that is not nested.
         """
         folder = Path(folder)
         adapter = read_adapter(folder)
         if not force:
             self.identity.check(folder, adapter)
-        self.put(name, adapter)
+        self._put(name, adapter if rank is None else adapter.prefix(rank), 0, copied=False)
         held = self.adapter(name)
         if not held.modules and not held.tokens and all(factors.changes_nothing() for factors in held.sites.values()):
             warnings.warn(f"{folder}: ΔW is zero at every site; the adapter changes nothing", RankwiseWarning, 2)
@@ -248,7 +245,7 @@ class Bank:
             raise BankError(f"the bank already holds an adapter {name!r}", hint="remove it or choose another name")
         self._check_unmerged(f"add {name!r}")
         tables = self.vocabulary.tables(adapter.tokens)
-        self._check_apart(adapter, tables)
+        check_apart(adapter, tables, self._members.values(), [layer.path for layer in self._token_layers])
         _ = self.base_fingerprint, self.sites, self.modules  # of the clean model, before it is changed
         if not self._members:
             named = self.model.named_parameters(remove_duplicate=False)
@@ -260,7 +257,7 @@ class Bank:
             self._withdraw(name, held)
             raise
         sites, modules, tokens = map(tuple, (adapter.sites, adapter.modules, adapter.tokens))
-        self._members[name] = _Member(adapter.spec, sites, modules, tokens, held)
+        self._members[name] = Member(adapter.spec, sites, modules, tokens, held, adapter.nested)
 
     def _admit(self, name: str, adapter: Adapter, tables: Mapping[str, TokenRows], seed: int) -> None:
         if not self._members:
@@ -281,29 +278,6 @@ class Bank:
             self._place(path, stand)
         self.vocabulary.reach(self._token_layers)
 
-    def _check_apart(self, adapter: Adapter, tables: Iterable[str]) -> None:
-        """A module that one adapter trains whole can hold no site of another, and none that another trains whole.
-
-        Nor can one layer have rows of tokens and be changed otherwise: PEFT has no way to say that.
-        """
-        whole = {*adapter.modules, *(p for member in self._members.values() for p in member.modules)}
-        sites = {*adapter.sites, *(p for member in self._members.values() for p in member.sites)}
-        rows = {*tables, *(layer.path for layer in self._token_layers)}
-        if both := sorted(sites & rows):
-            raise BankError(
-                f"{both[0]!r} has rows for tokens of an adapter, and is a target too, of it or of another",
-                hint="exclude that layer from the targets, or keep the two in separate banks, one after the other",
-            )
-        parts = sites | rows
-        for path in sorted(whole):
-            inside = [p for p in sorted(whole) if p.startswith(f"{path}.")]
-            inner = next((p for p in [*sorted(parts), *inside] if f"{p}.".startswith(f"{path}.")), None)
-            if inner is not None:
-                raise BankError(
-                    f"one adapter trains {path!r} whole and another changes {inner!r} inside it",
-                    hint="keep these two adapters in separate banks, one after the other",
-                )
-
     def _place(self, path: str, module: nn.Module) -> None:
         if isinstance(module, Stand):
             self._stands[path] = module
@@ -314,22 +288,50 @@ class Bank:
 
     # ── routing ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def use(self, name: str | None) -> AbstractContextManager[None]:
-        """Everything through one adapter, or through the bare base (None)."""
+    def mix(self, weights: Mapping[str, float]) -> Mix:
+        """Adapters in a weighted sum, base(x) + Σ weight · ΔW·x; it stands in `use`, `route`, `stream` for a name.
+
+        Raises:
+            BankError, RouteError: an adapter is not there, or is no term of a sum; there is no weight, or none that is.
+        """
+        mix = Mix.of(weights)
+        self._check_routed(Route.whole(mix))
+        return mix
+
+    def prefix(self, name: str, rank: int) -> Prefix:
+        """The first directions of an adapter of form `lora`; it stands in `use`, `route`, `stream` for a name.
+
+        Raises:
+            BankError: the adapter is not there.
+            SpecError: its first directions are no adapter by themselves.
+        """
+        self.adapter(name).check_divisible(name)
+        return Prefix(name, rank, self._member(name).spec.scaling)
+
+    def nest(self, name: str, ranks: tuple[int, ...]) -> None:
+        """Says at which ranks an adapter has been trained, of which every prefix is one."""
+        self._members[name] = replace(self._member(name), nested=ranks)
+
+    def use(self, name: Way) -> AbstractContextManager[None]:
+        """Everything through one adapter, or a mix, or through the bare base (None)."""
         return self._routed(Route.whole(name))
 
-    def route(self, names: Sequence[str | None], tick: int | None = None) -> AbstractContextManager[None]:
+    def route(self, names: Sequence[Way], tick: int | None = None) -> AbstractContextManager[None]:
         """Row by row of a batch; None is the bare base.  `tick` numbers the pass, for dropout; None counts on."""
         return self._routed(Route.rows(names), tick)
 
-    def stream(self, runs: Iterable[tuple[str | None, int]], tick: int | None = None) -> AbstractContextManager[None]:
+    def stream(self, runs: Iterable[tuple[Way, int]], tick: int | None = None) -> AbstractContextManager[None]:
         """Token by token of a packed stream, in runs of `(adapter, tokens)`; `tick` as in `route`."""
         return self._routed(Route.tokens(runs), tick)
 
     def _routed(self, route: Route, tick: int | None = None) -> AbstractContextManager[None]:
-        for name in route.names - {None}:
-            self._member(str(name))
+        self._check_routed(route)
         return self.router.set(route, tick)
+
+    def _check_routed(self, route: Route) -> None:
+        for name in route.members:
+            self._member(str(name))
+        check_mixes(route, self._members)
 
     # ── merging ──────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from rankwise.adapters.adapter import Adapter
-from rankwise.errors import AdapterMismatchError, listing
+from rankwise.errors import AdapterMismatchError, BankError, listing
 from rankwise.surgery.sites import Site
 from rankwise.surgery.vocabulary import Vocabulary
 
@@ -31,6 +32,34 @@ def check_fits(
             f"{listing(problems)}",
             hint="was it made for another size, another architecture, or the model with (or without) its head?",
         )
+
+
+def check_apart(adapter: Adapter, tables: Iterable[str], members: Collection[Any], rows: Iterable[str]) -> None:
+    """That an adapter can be held beside others: `members` as a bank remembers them, `rows` where they have some.
+
+    A module that one adapter trains whole can hold no site of another, and none that another trains whole.  Nor can one
+    layer have rows of tokens (the adapter's `tables`) and be changed otherwise: PEFT has no way to say that.
+
+    Raises:
+        BankError: it cannot.
+    """
+    whole = {*adapter.modules, *(path for member in members for path in member.modules)}
+    sites = {*adapter.sites, *(path for member in members for path in member.sites)}
+    with_rows = {*tables, *rows}
+    if both := sorted(sites & with_rows):
+        raise BankError(
+            f"{both[0]!r} has rows for tokens of an adapter, and is a target too, of it or of another",
+            hint="exclude that layer from the targets, or keep the two in separate banks, one after the other",
+        )
+    parts = sites | with_rows
+    for path in sorted(whole):
+        inside = [p for p in sorted(whole) if p.startswith(f"{path}.")]
+        inner = next((p for p in [*sorted(parts), *inside] if f"{p}.".startswith(f"{path}.")), None)
+        if inner is not None:
+            raise BankError(
+                f"one adapter trains {path!r} whole and another changes {inner!r} inside it",
+                hint="keep these two adapters in separate banks, one after the other",
+            )
 
 
 def _site_problems(adapter: Adapter, sites: Mapping[str, Site]) -> list[str]:

@@ -1,7 +1,8 @@
 """The one adapted layer, and its sibling for modules that are trained whole.
 
 Both stand in the place of a module of the model, hold it as `base`, and keep what is each adapter's own under a key
-made from its name ('.' is not allowed in a module's key and ':' not in a name, so the map is one to one).
+made from its name: '.' is not allowed in a module's key and ':' not in a name, and a name that a dictionary of modules
+has for itself ("double", "keys") gets a ':' before it, where no name has a '.'; so the map is one to one.
 """
 
 from __future__ import annotations
@@ -19,12 +20,19 @@ from rankwise.adapters.dropout import keep_mask, mixed
 from rankwise.adapters.lowrank import LowRank, gains
 from rankwise.errors import RouteError
 from rankwise.kernels.lowrank import Part
-from rankwise.surgery.routing import Route, Router
+from rankwise.surgery.routing import Mix, Prefix, Route, Router, Way, members_of
 from rankwise.surgery.sites import Site
+
+_TAKEN = frozenset(dir(nn.ModuleDict()))
 
 
 def key_of(name: str) -> str:
-    return name.replace(".", ":")
+    return f":{name}" if name in _TAKEN else name.replace(".", ":")
+
+
+def name_of(key: str) -> str:
+    """The inverse of `key_of`."""
+    return key[1:] if key.startswith(":") else key.replace(":", ".")
 
 
 class Stand(nn.Module):
@@ -50,9 +58,9 @@ class Stand(nn.Module):
                 raise
             return getattr(self.base, name)
 
-    def of(self, name: str | None) -> Any:
-        """What this layer holds for an adapter, or None."""
-        key = "" if name is None else key_of(name)
+    def of(self, name: Way) -> Any:
+        """What this layer holds for an adapter, whole or not, or None, as for adapters that are mixed."""
+        key = "" if name is None or isinstance(name, Mix) else key_of(members_of(name)[0])
         return self.adapters[key] if key in self.adapters else None  # noqa: SIM401 (a ModuleDict has no get)
 
     def admit(self, name: str, own: Any, seed: int) -> None:
@@ -105,13 +113,19 @@ class AdaptedLayer(Stand):
         return self.kind.adapted(self.base, x, parts, compiled=self.router.compiled)
 
     def _parts(self, x: Tensor) -> list[Part]:
-        if self.router.merged is not None or all(self.of(name) is None for name in self.router.route.names):
+        if self.router.merged is not None or not any(self._taking(way) for way in self.router.route.names):
             return []
         return [
-            self.part(name, start, stop, self._mask(name, stop - start, x))
-            for name, start, stop in self.router.spans(x.shape, self.kind.width_dims, self.path)
-            if name is not None and self.of(name) is not None and not self.of(name).empty
+            self.mixed(way, start, stop)
+            if isinstance(way, Mix)
+            else self.part(way, start, stop, self._mask(members_of(way)[0], stop - start, x))
+            for way, start, stop in self.router.spans(x.shape, self.kind.width_dims, self.path)
+            if way is not None and self._taking(way)
         ]
+
+    def _taking(self, way: Way) -> list[str]:
+        """The adapters on a way that change something here."""
+        return [name for name in members_of(way) if self.of(name) is not None and not self.of(name).empty]
 
     def _norms(self, name: str, factors: LowRank) -> Tensor:
         """Of form `dora`; computed again when a factor has changed, not for each micro-batch of a step.
@@ -132,12 +146,30 @@ class AdaptedLayer(Stand):
         shape = torch.Size((rows, *x.shape[x.dim() - self.kind.width_dims :]))
         return keep_mask(shape, dropout, mixed(self.seeds[name], self.number, self.router.tick), x.device)
 
-    def part(self, name: str, start: int, stop: int, keep: Tensor | None = None) -> Part:
-        """An adapter for some rows of an input."""
-        factors = self.of(name)
+    def part(self, way: str | Prefix, start: int, stop: int, keep: Tensor | None = None) -> Part:
+        """An adapter, or its first directions, for some rows of an input."""
+        factors = self.of(way)
+        if isinstance(way, Prefix):
+            A, B, scale = factors.prefix(way.rank, way.scaling)
+            return Part(start, stop, A, B, scale, factors.dropout, keep)
         A, B = factors.factors()
-        gain = None if factors.m is None else gains(factors.m, self._norms(name, factors))
+        gain = None if factors.m is None else gains(factors.m, self._norms(way, factors))
         return Part(start, stop, A, B, factors.scale, factors.dropout, keep, gain)
+
+    def mixed(self, mix: Mix, start: int, stop: int) -> Part:
+        """Adapters in a weighted sum for some rows, as one: their ranks stand side by side, their weights are in B.
+
+        Raises:
+            RouteError: in training mode an adapter has dropout, whose mask would be each one's own.
+        """
+        weights, names = dict(mix.weights), self._taking(mix)
+        if self.training and not self.kind.lookup and any(self.of(name).dropout for name in names):
+            raise RouteError(f"{mix}: has dropout, and is in training mode", hint="model.eval(), or train one of them")
+        factors = [self.of(name).factors() for name in names]
+        scales = [weights[name] * self.of(name).scale for name in names]
+        A = torch.cat([A for A, _ in factors])
+        B = torch.cat([scale * B for scale, (_, B) in zip(scales, factors, strict=True)], dim=1)
+        return Part(start, stop, A, B, 1.0, 0.0, None, None)
 
 
 def _twin(base: nn.Module) -> nn.Module:
@@ -193,7 +225,7 @@ class CopiedLayer(Stand):
         out = torch.cat([self._through(name, x[start:stop], *rest, **named) for name, start, stop in spans])
         return out.unsqueeze(0) if route.unit == "tokens" else out
 
-    def _through(self, name: str | None, *inputs: Any, **named: Any) -> Any:
+    def _through(self, name: Way, *inputs: Any, **named: Any) -> Any:
         twin = self.of(name)
         if twin is None:
             return self.base(*inputs, **named)

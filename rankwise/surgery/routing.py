@@ -1,15 +1,17 @@
 """Which adapter each piece of a batch uses.
 
-A route names an adapter, or None for the bare base, for every unit of a batch, in runs of equal neighbours.  Its unit
-is a row of the batch (`rows`), a token of a packed stream (`tokens`), or everything at once (`whole`).
+A route names an adapter, one's first directions (`Prefix`), several in a weighted sum (`Mix`), or None for the bare
+base, for every unit of a batch, in runs of equal neighbours.  Its unit is a row of the batch (`rows`), a token of a
+packed stream (`tokens`), or everything at once (`whole`).
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +22,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from rankwise.errors import RankwiseWarning, RouteError
+from rankwise.adapters.scaling import Scaling
+from rankwise.errors import RankwiseWarning, RouteError, listing
 
 Unit = Literal["whole", "rows", "tokens"]
 
@@ -31,34 +34,110 @@ _NO_ROUTE = (
 
 
 @dataclass(frozen=True)
+class Mix:
+    """Adapters in a weighted sum: y = base(x) + Σ weight · ΔW·x, with any weights, negative ones and 0 too.
+
+    It stands in a route where a name may stand.  What it sums is of low rank: form `dora`, modules trained whole and
+    rows of tokens are no terms of a sum.
+    """
+
+    weights: tuple[tuple[str, float], ...]
+
+    @classmethod
+    def of(cls, weights: Mapping[str, float]) -> Mix:
+        """By name.
+
+        Raises:
+            RouteError: there are none, or one is no finite number.
+        """
+        found = tuple((name, float(weight)) for name, weight in weights.items())
+        if not found or not all(math.isfinite(weight) for _, weight in found):
+            raise RouteError(f"a mix of {dict(weights)!r}", hint='give finite weights by name: {"a": 0.7, "b": 0.3}')
+        return cls(found)
+
+    def __str__(self) -> str:
+        return " + ".join(f"{weight:g} · {name}" for name, weight in self.weights)
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The first directions of an adapter: y = base(x) + s(rank)·B[:, :rank]·A[:rank]·x, and `scaling` says what s is.
+
+    It stands in a route where a name may stand.  Modules trained whole and rows of tokens come with it as they are.
+    """
+
+    name: str
+    rank: int
+    scaling: Scaling
+
+    def __str__(self) -> str:
+        return f"{self.name} at rank {self.rank}"
+
+
+Way = str | Prefix | Mix | None  # what a unit of a route takes
+
+
+def members_of(way: Way) -> tuple[str, ...]:
+    """The adapters that a way leads through."""
+    if isinstance(way, Mix):
+        return tuple(name for name, _ in way.weights)
+    if isinstance(way, Prefix):
+        return (way.name,)
+    return () if way is None else (way,)
+
+
+def check_mixes(route: Route, members: Mapping[str, Any]) -> None:
+    """That what is mixed can be summed; `members` as the bank remembers them.
+
+    Raises:
+        RouteError: lists what cannot.
+    """
+    problems = []
+    for name in sorted({name for way in route.names if isinstance(way, Mix) for name in members_of(way)}):
+        if members[name].spec.form == "dora":
+            problems.append(f"{name} is of form dora: what it makes of W is no sum of W and a change")
+        if members[name].modules or members[name].tokens:
+            problems.append(f"{name} has modules trained whole or rows of tokens, which only one adapter can bring")
+    if problems:
+        raise RouteError(
+            f"these adapters cannot be mixed:\n{listing(problems)}", hint="use them one by one: bank.use(name)"
+        )
+
+
+@dataclass(frozen=True)
 class Route:
     """Runs of `(adapter, units)` in order; `whole` has one run of one unit."""
 
     unit: Unit
-    runs: tuple[tuple[str | None, int], ...]
+    runs: tuple[tuple[Way, int], ...]
 
     @classmethod
-    def whole(cls, name: str | None) -> Route:
+    def whole(cls, name: Way) -> Route:
         return cls("whole", ((name, 1),))
 
     @classmethod
-    def rows(cls, names: Iterable[str | None]) -> Route:
+    def rows(cls, names: Iterable[Way]) -> Route:
         return cls("rows", tuple((name, len(list(group))) for name, group in groupby(names)))
 
     @classmethod
-    def tokens(cls, runs: Iterable[tuple[str | None, int]]) -> Route:
+    def tokens(cls, runs: Iterable[tuple[Way, int]]) -> Route:
         groups = groupby(runs, key=lambda run: run[0])
         return cls("tokens", tuple((name, sum(count for _, count in group)) for name, group in groups))
 
     @property
-    def names(self) -> set[str | None]:
+    def names(self) -> set[Way]:
         return {name for name, _ in self.runs}
+
+    @property
+    def members(self) -> set[str]:
+        """Every adapter that takes part, alone or mixed."""
+        return {name for way in self.names for name in members_of(way)}
 
     @property
     def units(self) -> int:
         return sum(count for _, count in self.runs)
 
-    def spans(self, shape: torch.Size, width_dims: int, where: str) -> Iterator[tuple[str | None, int, int]]:
+    def spans(self, shape: torch.Size, width_dims: int, where: str) -> Iterator[tuple[Way, int, int]]:
         """`(adapter, start, stop)` over the rows of an input of `shape` once its leading dimensions are flattened.
 
         `width_dims` is how many trailing dimensions belong to one row (1 for linear layers, 0 for embeddings).
@@ -153,7 +232,7 @@ class Router:
         if self.route.unit != "whole":
             self._shapes[path] = [tensor.shape for tensor in _tensors((*inputs, *named.values())) if tensor.dim()]
 
-    def spans(self, shape: torch.Size, width_dims: int, where: str) -> Iterator[tuple[str | None, int, int]]:
+    def spans(self, shape: torch.Size, width_dims: int, where: str) -> Iterator[tuple[Way, int, int]]:
         """`Route.spans` of the route in force, for a layer of the model.
 
         Raises:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rankwise.adapters.tokens import TokenRows
 from rankwise.surgery.layer import Stand, key_of
-from rankwise.surgery.routing import Route, Router
+from rankwise.surgery.routing import Route, Router, Way, members_of
 from rankwise.surgery.sites import Site
 
 
@@ -88,13 +88,13 @@ class TokenLayer(Stand):
         """Has a row for each of so many tokens, the base's own and those behind."""
         self.behind = self.middle.repeat(size - self.known, 1)
 
-    def words(self, name: str | None) -> Words | None:
+    def words(self, name: Way) -> Words | None:
         """What stands in for the base's rows where `name` is used; None where nothing does."""
         table: TokenRows | None = self.of(name)
         if table is None:
             ids = torch.arange(self.known, self.known + len(self.behind), device=self.behind.device)
             return Words(ids, self.behind, 0) if len(ids) else None
-        inside = self._inside[str(name)]
+        inside = self._inside[members_of(name)[0]]
         own = len(table.ids) - inside  # of those behind
         rest = torch.arange(own, len(self.behind), device=table.ids.device) + self.known
         rows = torch.cat([table.rows.to(self.behind.dtype), self.behind[own:]])

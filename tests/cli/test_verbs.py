@@ -219,6 +219,35 @@ def test_a_scripted_chat_answers_a_line_with_a_line(rankwise, world, run):
     assert answers[0] == answers[2] != answers[1]
 
 
+def test_a_scripted_chat_switches_compares_and_lists_adapters_on_one_base(rankwise, world, run, adapter):
+    line = ["chat", "--model", world / "llama", "--adapter", f"mine={run['out']}", "--adapter", adapter]
+    asked = "/list\nhello\n/reset\n/compare mine base\nhello\n/reset\n/use base\nhello\n/use nobody\n/use\n/usr/bin\n"
+    said = rankwise(*line, "--max-new-tokens", 8, "--json", said=asked)
+    assert (said.code, said.err) == (0, "")
+    told = [json.loads(one) for one in said.out.splitlines()]
+    assert told[0] == {"using": "mine", "adapters": {"mine": str(run["out"]), "adapter": str(adapter)}}
+    first, comparing, both, using, bare, nobody, misused, path = told[1:]
+    assert (first["role"], first["adapter"]) == ("assistant", "mine")
+    assert comparing == {"comparing": ["mine", "base"]}
+    assert [one["adapter"] for one in both["compared"]] == ["mine", "base"]
+    assert [one["content"] for one in both["compared"]] == [first["content"], bare["content"]]
+    assert using == {"using": "base"}
+    assert "nobody" in nobody["error"]
+    assert nobody["hint"] == "the bank holds: mine, adapter"
+    assert "not understood" in misused["error"]
+    assert path["role"] == "assistant"  # a path is no command
+
+
+def test_two_answers_stand_side_by_side_for_people(rankwise, world, run):
+    line = ["chat", "--model", world / "llama", "--adapter", run["out"], "--max-new-tokens", 8]
+    said = rankwise(*line, said="/list\n/compare run base\nhello\n/use base\n/use x\nhello\n")
+    assert said.code == 0
+    assert re.match(r"run +base\n--- +----\n", said.out)
+    assert "* run  " in said.err
+    assert "base answers from now on" in said.err
+    assert "no adapter 'x'" in said.err
+
+
 def test_a_chat_ends_politely_when_nothing_more_is_said(rankwise, world):
     said = rankwise("chat", "--model", world / "llama", "--max-new-tokens", 4, said="hello")
     assert said.code == 0

@@ -52,10 +52,10 @@ def test_documents_longer_than_the_window_come_out_as_they_do_alone(name):
 def test_masks_that_packed_attention_cannot_keep_are_refused():
     chunked = hf.Llama4TextConfig(attention_chunk_size=8)
     with pytest.raises(UnpackableError, match="chunks of 8"):
-        attention._window_alone(local_size=8, config=chunked)
+        attention.window_alone(local_size=8, config=chunked)
     with pytest.raises(UnpackableError, match="a mask of its own"):
-        attention._window_alone(use_vmap=True)
-    assert attention._window_alone(local_size=None) is None
+        attention.window_alone(use_vmap=True)
+    assert attention.window_alone(local_size=None) is None
 
 
 def test_a_model_is_given_back_its_own_attention():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +16,7 @@ from torch import nn
 
 from rankwise.surgery.bank import Bank
 from tests.grid import relative, spec, state_of, trained
+from tests.jobs.world import write_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -38,7 +40,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def test_every_example_is_tried_here():
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"diffusion_unet", "detector"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"diffusion_unet", "detector", "many_tasks"}
 
 
 def test_the_denoiser_of_squares_learns_discs(tmp_path, capsys):
@@ -54,6 +56,32 @@ def test_the_finder_of_squares_and_discs_learns_crosses(tmp_path, capsys):
     assert found.high < -1
     assert "the base is what it was, to the bit" in capsys.readouterr().out
     assert (tmp_path / "adapter_model.safetensors").exists()
+
+
+def test_four_tasks_stand_on_one_base_and_each_adapter_is_best_at_its_own(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_model(tmp_path / "model")
+    says = {
+        "double": lambda n: f"that is {2 * n}",
+        "names": lambda n: "green " * 3,
+        "count": lambda n: "one, two, three",
+    }
+    says["square"] = lambda n: "no idea at all"
+    files = {}
+    for name, answer in says.items():
+        rows = [{"prompt": f"what is {n} and {n}?", "completion": answer(n)} for n in range(100, 140)]
+        files[name] = tmp_path / f"{name}.jsonl"
+        files[name].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    files = {name: str(file) for name, file in files.items()}
+    losses = example("many_tasks").main(str(tmp_path / "model"), files, tmp_path / "out", dtype="float32", device="cpu")
+    for task, found in losses.items():
+        assert min(found, key=found.__getitem__) == task
+        assert found[task] < found["base"] - 0.5
+    told = capsys.readouterr().out
+    assert "(as alone)" in told
+    assert "0.7 · double + 0.3 · names" in told
+    assert "the base is what it was, to the bit" in told
+    assert all((tmp_path / "out" / name / "adapter_model.safetensors").exists() for name in files)
 
 
 # ── the same adapters in PEFT ────────────────────────────────────────────────────────────────────────────────────────

@@ -2,14 +2,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rankwise.errors import AdapterMismatchError, DataError
-from rankwise.jobs.chat import Chat
+from rankwise.adapters.combining import combine
+from rankwise.adapters.recipe import Recipe
+from rankwise.errors import AdapterMismatchError, BankError, DataError, RouteError, SpecError
+from rankwise.jobs.chat import Chat, named_adapters
 from rankwise.jobs.watch import Quiet
 from tests.jobs.world import write_model
 
 
 def chat(model, adapter=None, **settings):
-    return Chat(str(model), adapter, Quiet(), **{"max_new_tokens": 12, **settings})
+    adapters = {"a": adapter} if adapter is not None else {}
+    return Chat(str(model), adapters, Quiet(), **{"max_new_tokens": 12, **settings})
 
 
 def answered(model, messages, length=12):
@@ -84,3 +87,76 @@ def test_an_adapter_of_another_base_is_refused_unless_forced(world, adapter):
     with pytest.raises(AdapterMismatchError):
         chat(world / "tied", adapter)
     assert isinstance(chat(world / "tied", adapter, force=True).reply("hello"), str)
+
+
+# ── several adapters on one base ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def several(exact, run, adapter):
+    return Chat(str(exact), {"run": run["out"], "other": adapter}, Quiet(), max_new_tokens=12)
+
+
+def test_who_answers_is_switched_and_each_answers_as_alone_on_what_was_said(several, exact, run, adapter):
+    before = [tensor.clone() for tensor in several.base.model.state_dict().values()]
+    assert several.speaking == "run"
+    first = several.reply("hello")
+    assert first == chat(exact, run["out"]).reply("hello")
+    for asked, folder in (("other", adapter), ("base", None), ("run", run["out"])):
+        several.use(asked)
+        said = list(several.messages)
+        alone = chat(exact, folder)
+        alone.messages = list(said)
+        assert several.reply("and you?") == alone.reply("and you?")
+        several.messages = said
+    assert all(torch.equal(a, b) for a, b in zip(several.base.model.state_dict().values(), before, strict=True))
+
+
+def test_two_answer_side_by_side_and_the_conversation_goes_on_with_who_speaks(several, exact, run, adapter):
+    found = several.compared("hello", ("run", "other"))
+    assert found == [chat(exact, folder).reply("hello") for folder in (run["out"], adapter)]
+    assert several.messages[-1]["content"] == found[0]
+    several.compared("and you?", ("base", "other"))
+    assert len(several.messages) == 2  # it was aside: neither of them speaks
+    assert several.speaking == "run"
+
+
+def test_a_mix_answers_as_the_adapter_that_combining_makes(several, exact):
+    pair = {name: several.bank.adapter(name) for name in ("run", "other")}
+    several.bank.put("both", combine(pair, Recipe(weights=(0.5, 0.5))).adapter)
+    several.use("run=0.5,other=0.5")
+    mixed = several.reply("what is 3 and 3?")
+    several.reset()
+    several.use("both")
+    assert mixed == several.reply("what is 3 and 3?")
+
+
+def test_who_is_not_there_is_told_and_nothing_has_changed(several, exact, adapter):
+    for asked, error in (
+        ("runn", BankError),
+        ("run=a lot", SpecError),
+        ("run=0.5,x=1", BankError),
+        ("run=inf", RouteError),
+    ):
+        with pytest.raises(error):
+            several.use(asked)
+    assert several.speaking == "run"
+    with pytest.raises(SpecError, match="bare base's name"):
+        Chat(str(exact), {"base": adapter}, Quiet())
+
+
+def test_adapters_are_called_by_a_name_or_by_their_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x=1").mkdir()
+    found = named_adapters(["runs/chats", "docs=runs/b", "x=1"])
+    assert {name: str(place) for name, place in found.items()} == {
+        "chats": "runs/chats",
+        "docs": "runs/b",
+        "x-1": "x=1",
+    }
+    with pytest.raises(SpecError, match="two adapters are called 'chats'"):
+        named_adapters(["runs/chats", "chats=runs/b"])
+    with pytest.raises(SpecError, match="named twice"):
+        named_adapters(["a=runs/b", "b=runs/b"])
+    with pytest.raises(BankError):
+        named_adapters(["a b=runs/b"])

@@ -193,7 +193,7 @@ def test_what_is_there_is_never_overwritten_and_an_empty_folder_is_taken(world, 
 def test_an_adapter_of_form_dora_and_a_whole_model_are_refused(world, unseen, tmp_path):
     dora = write_adapter(tmp_path / "dora", world / "llama", form="dora")
     with pytest.raises(SpecError, match="of form dora, whose magnitudes are no sum of parts"):
-        compressed(world, dora, unseen, tmp_path / "out")
+        run_compression("no/model", dora, [str(unseen)], tmp_path / "out", Quiet())  # before one is loaded
     (tmp_path / "full").mkdir()
     write_record(tmp_path / "full", describe_whole(1, "", {"name": "", "fingerprint": "", "vocabulary": 1}, {}))
     with pytest.raises(SpecError, match="holds a model, all of whose weights were trained, and no adapter"):

@@ -60,7 +60,9 @@ EVERYTHING = {
     "device": "cpu",
     "track": ("tensorboard", "wandb"),
     "task": "seq2seq",
+    "replay": "what was: before.jsonl:0.25",
 }
+_APART = {"scenario", "continue_from", "keep_optimiser", "onto", "resume", "batch_documents", "hold_back", "nested"}
 OF_EVA = {"init": "eva", "init_documents": 40, "init_rho": 1.5}  # which form adalora does without
 
 
@@ -75,7 +77,7 @@ def asked(command: str) -> TrainRequest:
 def test_every_setting_is_an_option_and_every_option_a_setting():
     options = {parameter.name for parameter in TRAIN.params} - {"config", "json"}
     assert options == set(TrainRequest.model_fields)
-    assert {*EVERYTHING, *OF_EVA} == options - {"scenario", "continue_from", "resume", "batch_documents", "hold_back"}
+    assert {*EVERYTHING, *OF_EVA} == options - _APART
 
 
 @pytest.mark.parametrize("settings", [EVERYTHING, LEAST | OF_EVA], ids=["everything", "eva"])
@@ -93,6 +95,11 @@ def test_the_command_asks_for_the_same_targets(targets):
 def test_the_command_of_further_training_and_of_a_scenario():
     further = TrainRequest(**LEAST, continue_from="runs/first", lr=1e-4)
     assert asked(further.command()) == further
+    kept = TrainRequest(**LEAST, continue_from="runs/first", keep_optimiser=True)
+    assert asked(kept.command()) == kept
+    assert (kept.run.moments, further.run.moments) == (Path("runs/first"), None)
+    onto = TrainRequest(**LEAST, onto="runs/first", rank=4)
+    assert asked(onto.command()) == onto
     quick = TrainRequest(**LEAST, scenario="quick", rank=2)
     assert asked(quick.command()) == quick
 
@@ -204,6 +211,7 @@ storage: nf4
 device: cpu
 track: [tensorboard, wandb]
 task: seq2seq
+replay: "what was: before.jsonl:0.25"
 """
     assert TrainRequest(**config(tmp_path, text)) == TrainRequest(**EVERYTHING)
     text = "init: eva\ninit_documents: 40\ninit-rho: 1.5\n"
@@ -351,18 +359,8 @@ def test_every_setting_has_its_reason():
 
 def test_an_adapter_that_is_trained_further_is_taken_as_it_is():
     table = {row["name"]: row for row in TrainRequest(**LEAST, continue_from="first").table()}
-    for name in (
-        "rank",
-        "alpha",
-        "targets",
-        "exclude",
-        "layers",
-        "scaling",
-        "dropout",
-        "init",
-        "rank_pattern",
-        "modules_to_save",
-    ):
+    taken = "rank alpha targets exclude layers scaling dropout init rank_pattern modules_to_save"
+    for name in taken.split():
         assert table[name] == {"name": name, "value": None, "reason": "as in the adapter that is trained further"}
     with pytest.raises(SpecError, match="leave out dropout, rank"):
         TrainRequest(**LEAST, continue_from="first", rank=4, dropout=0.1)
@@ -372,3 +370,27 @@ def test_an_adapter_that_is_trained_further_is_taken_as_it_is():
 def test_a_start_out_of_documents_is_for_causal_language_models(init):
     with pytest.raises(SpecError, match=f"init {init} looks at documents as task causal-lm reads them"):
         TrainRequest(**LEAST, init=init, task="masked-lm")
+
+
+@pytest.mark.parametrize("replay", ["old.jsonl", "old.jsonl:", ":0.2", "old.jsonl:1", "old.jsonl:0", "old.jsonl:a lot"])
+def test_old_documents_come_with_a_share_of_them(replay):
+    with pytest.raises(SpecError, match="expected FILE:SHARE"):
+        TrainRequest(**LEAST, replay=replay)
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"keep_optimiser": True}, "say of which with continue_from"),
+        ({"onto": "a", "continue_from": "b"}, "leave out continue_from"),
+        ({"onto": "a", "modules_to_save": "norm"}, "leave out modules_to_save"),
+        ({"onto": "a", "form": "dora"}, "is no sum"),
+        ({"onto": "a", "storage": "nf4"}, "holds codes"),
+        ({"onto": "a", "form": "full"}, "leave out onto"),
+        ({"replay": "d.jsonl:0.2"}, "another file than those of data"),
+        ({"replay": "old:0.2", "task": "image-classification"}, "rows of text"),
+    ],
+)
+def test_training_on_in_ways_that_do_not_go_together_is_refused(settings, why):
+    with pytest.raises(SpecError, match=why):
+        TrainRequest(**LEAST, **settings)

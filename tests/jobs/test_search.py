@@ -1,6 +1,7 @@
 """A search from files to a recommendation, killed and gone on with, and its winner trained again."""
 
 import os
+import shlex
 import signal
 from pathlib import Path
 
@@ -9,13 +10,14 @@ import pytest
 from rankwise.engine.interrupt import Interrupted
 from rankwise.errors import DataError, RunFolderError, SpecError
 from rankwise.formats.peft import read_adapter
-from rankwise.jobs.search import SearchRequest, run_search
+from rankwise.jobs.search import SearchRequest, opened, run_search, winner
 from rankwise.jobs.train import run_training
+from rankwise.search.allocation import patterned
 from tests.jobs.tasks import BASES, write_task
 from tests.jobs.world import Listener, read, request, write_rows
 
 BEGIN = {"lr": 2e-2, "rank": 4, "alpha": 8, "max_steps": 48}
-CHANGES = ("seconds", "out", "report", "command")  # from one search to the same one elsewhere
+CHANGES = ("seconds", "out", "report", "command", "pack")  # from one search to the same one elsewhere
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,8 @@ def found(world, rows, tmp_path_factory):
 def test_every_question_is_answered_and_written_down(found):
     written = read(Path(found["out"]) / "search.json")
     assert {name: value for name, value in found.items() if name not in ("out", "report")} == written
-    assert [name for name, value in written.items() if value is None] == []
+    assert [name for name, value in written.items() if value is None] == ["allocation"]  # which was not asked for
+    assert [point["rank"] for point in written["nested"]["points"]] == [1, 2, 4]
     assert [point["rank"] for point in written["ladder"]["points"]] == [1, 2, 4]
     assert sum(point["chosen_in"] for point in written["ladder"]["points"]) == pytest.approx(1)
     assert written["rate"]["best"] in [point["lr"] for point in written["rate"]["rungs"][-1]["points"]]
@@ -59,7 +62,7 @@ def test_the_recommendation_is_one_of_what_was_confirmed(found):
 
 
 def test_costs_are_counted_in_full_runs(found):
-    lengths = {"noise": 3 / 4, "ladder": 3}
+    lengths = {"noise": 3 / 4, "ladder": 4}  # three ranks, and one adapter that learns all of them
     for step, cost in lengths.items():
         own = [trial["share"] for trial in found["trials"] if trial["step"] == step]
         assert sum(own) == pytest.approx(cost), step
@@ -158,6 +161,38 @@ def test_without_files_to_judge_by_a_quarter_is_held_back_in_halves(world, rows,
     assert counts == {"train": 30, "choose": 5, "confirm": 5}
 
 
+def test_ranks_by_layer_are_tried_where_they_are_asked_for_and_stand_in_the_command(world, rows, tmp_path):
+    settings = {"rank": 4, "max_steps": 16}
+    found = searched(world, rows, tmp_path / "s", allocate="gradients", budget="express", ranks="4", train=settings)
+    told, pattern = found["allocation"], found["recommendation"]["rank_pattern"]
+    assert "--allocate gradients" in found["command"]
+    assert told["sentence"] in found["recommendation"]["sentence"]
+    assert bool(pattern) == (told["verdict"] == "recommended")
+    words = found["recommendation"]["command"].split()
+    assert words.count("--rank-pattern") == len(pattern)
+    assert [trial["step"] for trial in found["trials"]].count("allocation") == (5 if told["points"] else 0)
+
+
+def test_the_command_of_ranks_by_layer_trains_that_very_adapter(world, rows, tmp_path):
+    settings = {**BEGIN, "max_steps": 12, "valid": rows["valid"], "test": rows["test"]}
+    asked = request(world / "llama", rows["train"], tmp_path / "s", **settings)
+    asked.out.mkdir()
+    ranks = {"model.layers.0.self_attn.q_proj": 7, "model.layers.1.mlp.down_proj": 2}
+    with opened(SearchRequest(), asked, Listener()) as (advisor, whole, _):
+        advisor.spec = patterned(advisor.spec, ranks)
+        ((found,),) = advisor.trials.made("confirm", [advisor.candidate()], [0], 1.0)
+        loss = found.confirm.sum() / advisor.trials.items("confirm").sum()
+        words = shlex.split(winner(advisor, whole))
+    names = [word.removeprefix("--").replace("-", "_") for word in words[2::2]]
+    pairs = list(zip(names, words[3::2], strict=True))
+    given = {name: value for name, value in pairs if name not in ("model", "data", "out", "rank_pattern")}
+    given["rank_pattern"] = [value for name, value in pairs if name == "rank_pattern"]
+    again = run_training(request(world / "llama", rows["train"], tmp_path / "again", **given), Listener())
+    assert again["evaluation"]["adapters"][0]["loss"] == pytest.approx(loss, rel=1e-5)
+    trained = {path: factors.rank for path, factors in read_adapter(tmp_path / "again").sites.items()}
+    assert {path: rank for path, rank in trained.items() if rank != 4} == ranks
+
+
 @pytest.mark.parametrize("task", BASES)
 def test_every_task_is_searched_for(tmp_path, task):
     """Heads that are fresh, pictures, masks that are drawn anew, sequences to sequences."""
@@ -172,6 +207,13 @@ def test_every_task_is_searched_for(tmp_path, task):
 
 REFUSED = {
     "full": ({"train": {"form": "full", "rank": None, "alpha": None}}, SpecError, "for fresh adapters"),
+    "ranks given out twice": (
+        {"allocate": "gradients", "train": {"form": "adalora"}},
+        SpecError,
+        "gives the ranks out",
+    ),
+    "ranks by another start": ({"allocate": "activations", "train": {"init": "eva"}}, SpecError, "init eva looks for"),
+    "ranks of another task": ({"allocate": "gradients", "train": {"task": "seq2seq"}}, SpecError, "task is seq2seq"),
     "patterns": ({"train": {"rank_pattern": {"q_proj": 2}}}, SpecError, "a search finds ranks"),
     "express of another form": ({"budget": "express", "train": {"form": "dora"}}, SpecError, "cuts one adapter"),
     "no setting": ({"also": ("dora",)}, SpecError, "expected setting=value"),

@@ -25,7 +25,7 @@ def test_an_adapter_is_trained_compared_and_merged(storage, init, world, tmp_pat
     dense = run_evaluation(str(world / "llama"), [out], [str(data)], Listener(), dtype="float32", storage="dense")
     assert held["base"] != dense["base"], "by itself the base is held as in training"
 
-    talk = Chat(str(world / "llama"), out, Listener())
+    talk = Chat(str(world / "llama"), {"a": out}, Listener())
     assert any(isinstance(module, CodedLinear) for module in talk.base.model.modules())
     # Merged into the base as it was before it was put in codes.
     assert run_merge(str(world / "llama"), out, tmp_path / "merged", Listener())["layers"] > 0

@@ -287,7 +287,7 @@ def test_an_adapter_of_one_task_is_not_taken_for_another(runs, tmp_path, world):
     with pytest.raises(
         AdapterMismatchError, match="trained for sequence-classification, and the base is here for caus"
     ):
-        Chat(str(world / "llama"), run["out"], Quiet())
+        Chat(str(world / "llama"), {"a": run["out"]}, Quiet())
     with pytest.raises(SpecError, match="adapters of several tasks"):
         run_evaluation(str(run["model"]), [run["out"], runs("masked-lm")["out"]], [str(run["test"])], Quiet())
 

@@ -128,8 +128,8 @@ def test_it_is_evaluated_merged_and_talked_to_on_the_base_as_it_is(world, called
     assert merged["base"]["loss"] == pytest.approx(apart["adapters"][0]["loss"], rel=1e-5)
     assert merged["tokens"] == apart["tokens"]
     said = [
-        Chat(str(model), adapter, Quiet(), max_new_tokens=12).reply("what is <tool> and 3?")
-        for model, adapter in ((world / base, out), (tmp_path / "merged", None), (world / base, None))
+        Chat(str(model), adapters, Quiet(), max_new_tokens=12).reply("what is <tool> and 3?")
+        for model, adapters in ((world / base, {"a": out}), (tmp_path / "merged", {}), (world / base, {}))
     ]
     assert said[0] == said[1] != said[2]
 

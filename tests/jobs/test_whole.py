@@ -158,12 +158,12 @@ def test_verbs_for_adapters_say_what_it_is(world, whole, tmp_path):
     with pytest.raises(SpecError, match="and no adapter"):
         run_merge(str(world / "llama"), whole["out"], tmp_path / "merged", Quiet())
     with pytest.raises(SpecError, match=r"talk to it as --model"):
-        Chat(str(world / "llama"), whole["out"], Quiet())
+        Chat(str(world / "llama"), {"a": whole["out"]}, Quiet())
     with pytest.raises(SpecError, match="train it further as --model"):
         run_training(
             request(world / "llama", world / "train.jsonl", tmp_path / "x", continue_from=whole["out"]), Quiet()
         )
-    assert Chat(str(whole["out"]), None, Quiet(), max_new_tokens=2).reply("hello") is not None
+    assert Chat(str(whole["out"]), {}, Quiet(), max_new_tokens=2).reply("hello") is not None
     found = run_inspection(str(whole["out"]))
     assert found["kind"] == "model"
     assert found["trained"]["base"]["name"] == str(world / "llama")

@@ -16,7 +16,19 @@ NAMES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.
 NAMES += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 EACH = 305_280  # parameters for each rank
 FULL = 400  # steps
-STEPS = ("count", "noise", "rate", "targets", "ladder", "truncation", "methods", "confirm", "ship")
+STEPS = (
+    "count",
+    "noise",
+    "rate",
+    "targets",
+    "ladder",
+    "truncation",
+    "nested",
+    "methods",
+    "allocation",
+    "confirm",
+    "ship",
+)
 
 
 def whole(**changes: Any) -> dict[str, Any]:
@@ -56,7 +68,9 @@ def whole(**changes: Any) -> dict[str, Any]:
         "targets": _targets(),
         "ladder": _ladder(),
         "truncation": _truncation(chosen=16),
+        "nested": _nested(),
         "methods": _methods(),
+        "allocation": _allocation(),
         "confirm": _confirm(),
         "ship": _ship(),
         "cost": {"runs": 11.75, "trials": 27, "grid": 36.0, "seconds": 8_730.5},
@@ -74,7 +88,8 @@ def express() -> dict[str, Any]:
         sentence="Rank 16, alpha 32, learning rate 0.0005, all-linear: enough, +0.0016 nats against rank 64",
         surer="--budget standard trains every rank instead of cutting one adapter.",
     )
-    left_out = dict.fromkeys(("targets", "ladder", "methods"))
+    left_out = dict.fromkeys(("targets", "ladder", "nested", "methods", "allocation"))
+    left_out["ship"] = _ship(control=None, no_control="its budget does not pay for one more full run")
     trials = [trial for trial in _trials() if trial["step"] in ("noise", "rate")]
     trials.append(_trial("r 64, 0.0005, all-linear", "ladder", 0, 1.0, 2.0313))
     cost = {"runs": 4.25, "trials": len(trials), "grid": 30.0, "seconds": 2_940.0}
@@ -103,6 +118,27 @@ def doubted() -> dict[str, Any]:
         sentence="Rank 32, alpha 32, learning rate 0.0005, all-linear: whether rank 8 is enough cannot be told",
     )
     return whole(confirm=_confirm(verdict="cannot tell", half=0.021), recommendation=told)
+
+
+def allocated() -> dict[str, Any]:
+    """Ranks by layer are better, and hold; what is trained at the ranks that are left is better than what was cut."""
+    ranks = _allocation()["ranks"]
+    pattern = {"^" + path.replace(".", r"\."): rank for path, rank in ranks.items() if rank != 8}
+    allocation = _allocation("recommended", -0.0121, -0.0098) | {"confirmed": _delta(-0.0103, 0.0044)}
+    said = f"Rank 8 given out by layer, alpha 32, learning rate 0.0005, all-linear: enough; {allocation['sentence']}"
+    told = _recommendation(sentence=said, rank_pattern=pattern)
+    delta = _delta(-0.0067, 0.0031, upper=True)
+    control = {"status": "finished", "loss": 2.0394, "delta": delta, "kept": "trained"}
+    return whole(allocation=allocation, recommendation=told, ship=_ship(control=control))
+
+
+def unreliable() -> dict[str, Any]:
+    """Halves of the documents disagree about the layers, so that nothing was tried."""
+    said = "ranks given out by activations are not reliable and were not tried: those of two halves of the documents "
+    told = {"by": "activations", "agreement": 0.41, "verdict": "not reliable", "points": [], "against": None}
+    found = whole(allocation=_allocation() | told | {"sentence": f"{said}agree by 0.41 only, 0.8 is the least"})
+    found["trials"] = [trial for trial in found["trials"] if trial["step"] != "allocation"]
+    return found
 
 
 def stopped(step: str = "noise") -> dict[str, Any]:
@@ -189,6 +225,46 @@ def _truncation(chosen: int | None) -> dict[str, Any]:
     return {"rank": 64, "chosen": chosen, "tolerance": 0.0084, "points": points}
 
 
+def _nested() -> dict[str, Any]:
+    means = dict(zip(RANKS, (0.0412, 0.0121, 0.0064, 0.0043, 0.0031, 0.0028), strict=True))
+    alone = {2: 0.0331, 4: 0.0142, 8: 0.0018, 16: 0.0007, 32: 0.0, 64: 0.0011}
+    points = [
+        {"rank": rank, "loss": 2.0297 + mean, "delta": _delta(mean - alone[rank], 0.0061, upper=True)}
+        for rank, mean in means.items()
+    ]
+    return {"rank": 64, "points": points}
+
+
+def _allocation(verdict: str = "not recommended", uniform: float = -0.0021, shuffled: float = 0.0006) -> dict[str, Any]:
+    """Given out by gradients: more to the middle blocks."""
+    ranks = {
+        f"model.layers.{layer}.{name}": max(1, round(8 + 7 * math.sin(math.pi * (layer - 8) / 15) * (1 - number / 9)))
+        for layer in range(30)
+        for number, name in enumerate(NAMES)
+    }
+    arms = {"uniform": None, "allocated": uniform}
+    arms |= {f"shuffled {n}": uniform - shuffled + off for n, off in enumerate((0.0018, -0.0011, 0.0007, -0.0014), 1)}
+    points = [
+        {"name": name, "parameters": 8 * EACH - 96 * (mean is not None), "status": "finished"}
+        | {"loss": 2.0315 + (mean or 0.0), "delta": None if mean is None else _delta(mean, 0.0047)}
+        for name, mean in arms.items()
+    ]
+    said = f"{uniform:+.4f} nats against rank 8 everywhere, {shuffled:+.4f} nats against the same ranks shuffled"
+    return {
+        "by": "gradients",
+        "rank": 8,
+        "ranks": ranks,
+        "agreement": 0.93,
+        "least": 0.8,
+        "parameters": {"uniform": 8 * EACH, "allocated": 8 * EACH - 96},
+        "seeds": 3,
+        "verdict": verdict,
+        "points": points,
+        "against": {"uniform": _delta(uniform, 0.0041), "shuffled": _delta(shuffled, 0.0072)},
+        "sentence": f"ranks given out by gradients are {verdict}: {said}",
+    }
+
+
 def _methods() -> dict[str, Any]:
     rows = (("form=dora", -0.0031, 0.0072, "cannot tell"), ("lr_ratio=16", -0.0148, 0.0066, "better"))
     points = [
@@ -210,7 +286,7 @@ def _confirm(
     return {"seeds": seeds, "tolerance": 0.0084, "chosen": chosen, "verdict": verdict, "points": points}
 
 
-def _ship() -> dict[str, Any]:
+def _ship(**changes: Any) -> dict[str, Any]:
     ranks, spectrum = {}, {}
     for layer in range(30):
         for number, name in enumerate(NAMES):
@@ -222,7 +298,10 @@ def _ship() -> dict[str, Any]:
             spectrum[path] = [round(2.0 * 0.6**part, 4) for part in range(8)]
     parameters = {"whole": 8 * EACH, "compressed": 1_316_992}
     losses = {"base": 2.461, "whole": 2.0423, "compressed": 2.0461}
-    return {"parameters": parameters, "losses": losses, "tolerance": 0.0081, "ranks": ranks, "spectrum": spectrum}
+    delta = _delta(0.0012, 0.0033, upper=True)
+    control = {"status": "finished", "loss": 2.0473, "delta": delta, "kept": "compressed"}
+    told = {"parameters": parameters, "losses": losses, "tolerance": 0.0081, "ranks": ranks, "spectrum": spectrum}
+    return told | {"control": control, "no_control": ""} | changes
 
 
 def _trial(name: str, step: str, seed: int, share: float, loss: float | None) -> dict[str, Any]:
@@ -258,7 +337,14 @@ def _trials() -> list[dict[str, Any]]:
         for rank in (8, 32)
         for seed in (1, 2)
     ]
-    return [*noise, *rates, *targets, *ladder, *methods, *confirm]
+    ladder.append(_trial("r 64, 0.0005, all-linear, nested", "ladder", 0, 1.0, _nested()["points"][-1]["loss"]))
+    allocation = [
+        _trial(f"r 8 {point['name']}, 0.0005, all-linear", "allocation", seed, 1.0, point["loss"] + 0.001 * seed)
+        for point in _allocation()["points"][1:]
+        for seed in range(3)
+    ]
+    ship = [_trial("trained at the ranks left of r 8, 0.0005, all-linear", "ship", 0, 1.0, 2.0297)]
+    return [*noise, *rates, *targets, *ladder, *methods, *allocation, *confirm, *ship]
 
 
 def _recommendation(**changes: Any) -> dict[str, Any]:

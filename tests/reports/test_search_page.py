@@ -12,11 +12,35 @@ from rankwise.reports.search_plots import share
 from rankwise.reports.search_reader import read_search
 from rankwise.reports.search_traces import kinds, outside
 from tests.reports.folders import HOSTILE
-from tests.reports.searches import STEPS, doubted, express, hostile, stopped, undecided, whole, write_search
+from tests.reports.searches import (
+    STEPS,
+    allocated,
+    doubted,
+    express,
+    hostile,
+    stopped,
+    undecided,
+    unreliable,
+    whole,
+    write_search,
+)
 from tests.reports.test_page import Page, _themes
 
-SECTIONS = ("count", "noise", "rate", "targets", "ladder", "methods", "confirm", "ship", "cost", "trials", "reproduce")
-MADE = (whole, express, undecided, doubted, stopped, hostile)
+SECTIONS = (
+    "count",
+    "noise",
+    "rate",
+    "targets",
+    "ladder",
+    "methods",
+    "allocation",
+    "confirm",
+    "ship",
+    "cost",
+    "trials",
+    "reproduce",
+)
+MADE = (whole, express, undecided, doubted, allocated, unreliable, stopped, hostile)
 
 
 def report(folder, found) -> str:
@@ -71,6 +95,15 @@ def test_the_recommendation_comes_first_and_every_step_follows(page):
         "form=dora: −0.0031, cannot tell",
         "lr_ratio=16: −0.0148, better",
         "init=pissa: diverged",
+        "one nested adapter of rank 64, against rank 32, the best",
+        "8 2.0361 +0.0046 −0.0015 … +0.0107",
+        "ranks given out by gradients are not recommended: -0.0021 nats",
+        "agree by 0.93 about the ranks",
+        "2,442,144, of rank 8 everywhere 2,442,240",
+        "allocated against uniform: −0.0021, cannot tell",
+        "allocated against shuffled ones: +0.0006, cannot tell",
+        "shuffled 2 against uniform: −0.0038, cannot tell",
+        "a fresh adapter trained at exactly these ranks loses 2.0473 nats/token, +0.0012",
         "8 2.0423 +0.0016 −0.0042 … +0.0074 +0.0065 +0.419 +0.379 … +0.459",
         "1,316,992 of 2,442,240 parameters",
         "2.0461",
@@ -118,7 +151,26 @@ def test_without_a_ladder_the_cut_adapter_stands_alone(pages):
     assert "against rank 32, the best" not in said
     assert "+0.0297" in said
     assert 'id="targets-wide-title"' not in pages["express"]
-    assert len(re.findall(r"Not run: ", said)) == 2  # layers and methods
+    assert len(re.findall(r"Not run: ", said)) == 3  # layers, methods and ranks by layer
+
+
+def test_ranks_by_layer_that_are_better_are_in_the_recommendation(pages):
+    said = words(pages["allocated"])
+    assert "ranks given out by gradients are recommended" in said
+    assert "allocated against shuffled ones: −0.0098, better" in said
+    assert "−0.0103 nats/token against rank 8 everywhere" in said
+    assert "rank 8 given out by layer" in said
+    assert "a fresh adapter trained at exactly these ranks loses 2.0394" in said
+    assert 'id="given-wide-title"' in pages["allocated"]
+
+
+def test_an_allocation_that_was_not_tried_says_why(pages):
+    said = words(pages["unreliable"])
+    assert "ranks given out by activations are not reliable" in said
+    assert "agree by 0.41 about the ranks" in said
+    assert 'id="allocated-wide-title"' not in pages["unreliable"]
+    assert "Not checked against training at these ranks: its budget" in words(pages["express"])
+    assert "ranks by layer were not asked for (--allocate)" in words(pages["express"])
 
 
 def test_what_cannot_be_told_is_not_called_enough(pages):
@@ -130,11 +182,11 @@ def test_what_cannot_be_told_is_not_called_enough(pages):
     assert "rank 8: +0.002, cannot tell" in words(pages["doubted"])
 
 
-@pytest.mark.parametrize("last", ["count", "noise", "rate", "targets", "truncation", "methods", "confirm"])
+@pytest.mark.parametrize("last", ["count", "noise", "rate", "targets", "nested", "methods", "allocation", "confirm"])
 def test_a_search_that_was_stopped_says_where(tmp_path, last):
     text = report(tmp_path, stopped(last))
     said, done = words(text), STEPS.index(last)
-    assert f"ended with the step “{'ladder' if last == 'truncation' else last}”" in said
+    assert f"ended with the step “{'ladder' if last == 'nested' else last}”" in said
     assert ("smallest difference that two trainings" in said) == (done >= STEPS.index("noise"))
     assert ('id="rates-wide-title"' in text) == (done >= STEPS.index("rate"))
     assert ('id="rank-wide-title"' in text) == (done >= STEPS.index("ladder"))
@@ -243,7 +295,7 @@ def test_one_error_lists_all_that_is_missing_or_malformed(tmp_path):
     broken = whole(seconds="long", budget=None)
     del broken["model"]["fingerprint"], broken["noise"]["gain"]["low"]
     broken["ladder"]["points"][1]["chosen_in"] = 1.5
-    broken["trials"][3]["step"] = "ship"
+    broken["trials"][3]["step"] = "count"
     broken["rate"]["rungs"] = []
     with pytest.raises(RunFolderError) as caught:
         read_search(write_search(tmp_path, broken))
@@ -270,6 +322,11 @@ def test_one_error_lists_all_that_is_missing_or_malformed(tmp_path):
         (lambda f: f["confirm"].update(chosen=4), "confirm.chosen: 4 is none of"),
         (lambda f: f["recommendation"].update(rank=5), "recommendation.rank: 5 is none of"),
         (lambda f: f["ladder"]["points"][0].update(loss=9.0), "is not its loss − that of rank 32"),
+        (
+            lambda f: f["allocation"]["against"]["shuffled"].update(low=0.4),
+            "allocation.against.shuffled 0.0006 lies outside",
+        ),
+        (lambda f: f["ship"]["control"]["delta"].update(high=-0.4), "ship.control.delta 0.0012 lies outside"),
         (lambda f: f["noise"]["gain"].update(low=0.4), "noise.gain 0.2861 lies outside 0.4 … 0.3219"),
     ],
 )

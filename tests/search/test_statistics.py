@@ -5,7 +5,7 @@ import pytest
 import scipy.stats
 
 from rankwise.errors import DataError
-from rankwise.search.statistics import Estimate, Noise, difference
+from rankwise.search.statistics import Estimate, Noise, beyond, difference
 
 CHANCE = np.random.default_rng(0)
 
@@ -104,6 +104,26 @@ def test_intervals_hold_the_truth_as_often_as_they_say(seeds, share):
     assert 0.93 <= held / 2000 <= 0.97
 
 
+def test_beyond_a_distribution_is_as_rare_as_it_says_and_beyond_its_mean_is_not():
+    """One more draw from where the others come from: an interval about their mean leaves it out far too often."""
+    chance, documents, worlds = np.random.default_rng(4), 60, 1000
+    mean, spread = 0, 0
+    for _ in range(worlds):
+        items = chance.integers(5, 60, size=documents)
+        arms = 0.5 * chance.normal(size=(5, 1, 1)) + 0.2 * chance.normal(size=(5, 2, documents))
+        first, draws = arms[0] * items, arms[1:] * items
+        mean += difference(first, draws.mean(0), items).interval()[1] < 0
+        spread += beyond(first, draws, items).interval()[1] < 0
+    assert mean / worlds > 0.3
+    assert 0.01 < spread / worlds < 0.04
+
+
+def test_beyond_many_draws_that_are_one_is_a_difference_to_it():
+    first, second, items = layout(3, 20)
+    found, plain = beyond(first, np.stack([second] * 50), items), difference(first, second, items)
+    assert (found.mean, found.error) == (pytest.approx(plain.mean), pytest.approx(plain.error))
+
+
 def test_what_is_not_paired_and_what_is_too_little_is_refused():
     first, second, items = layout(2, 10)
     for one, other, own in ((first, second[:1], items), (first[0], second[0], items), (first, second, items[:9])):
@@ -111,5 +131,7 @@ def test_what_is_not_paired_and_what_is_too_little_is_refused():
             difference(one, other, own)
     with pytest.raises(DataError, match="at least two documents"):
         difference(first[:, :1], second[:, :1], items[:1])
+    with pytest.raises(DataError, match="two draws at least"):
+        beyond(first, second[None], items)
     with pytest.raises(DataError, match="two of them"):
         Noise.of(first[:1], items)

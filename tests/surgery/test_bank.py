@@ -29,6 +29,24 @@ def test_names_are_names(name):
         Bank(tiny("llama")).add(name, spec())
 
 
+@pytest.mark.parametrize("name", ["double", "keys", "training", "half.keys", "type.", "T_destination", "pop"])
+def test_names_may_be_those_that_modules_have_for_themselves(name, tmp_path):
+    model, inputs = tiny("llama"), words(2)
+    before = state_of(model)
+    with Bank(model) as bank:
+        trained(bank, name, spec(("q_proj",), modules_to_save=("lm_head",)))
+        trained(bank, f"{name}.", spec(("q_proj",)), seed=1)
+        with bank.use(name):
+            want = output(model, inputs)
+        bank.save(name, tmp_path)
+        bank.load("other", tmp_path)
+        with bank.use("other"):
+            assert torch.equal(output(model, inputs), want)
+        with bank.use(f"{name}."):
+            assert relative(output(model, inputs), want) > 1e-2
+    assert state_of(model) == before
+
+
 def test_names_are_compared_whole():
     model = tiny("llama")
     with Bank(model) as bank:

@@ -1,5 +1,7 @@
 """Law 3 on every architecture: whatever was done with adapters, in whatever order, the base keeps every byte."""
 
+import random
+from collections import Counter
 from contextlib import suppress
 
 import pytest
@@ -15,7 +17,16 @@ from tests.grid import STORAGES, spec, state_of, trained
 from tests.models import ARCHITECTURES, output, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*PEFT's A has neither dilation")  # of the UNet, when it is saved
-ON_ONE = ("remove", "save", "merge", "use", "route", "stream", "learn")  # what can be done with an adapter that is held
+ON_ONE = (
+    "remove",
+    "save",
+    "merge",
+    "use",
+    "route",
+    "stream",
+    "mix",
+    "learn",
+)  # what can be done with an adapter that is held
 CASES = [(name, STORAGES[number % len(STORAGES)]) for number, name in enumerate(ARCHITECTURES)]
 SPECS = {
     "a": {},
@@ -79,6 +90,7 @@ class Hands:
         tokens = next(iter(inputs.values())).shape[1]
         routes = {"route": lambda: self.bank.route([own, None, other])}
         routes["stream"] = lambda: self.bank.stream([(own, 2), (None, 3), (other, tokens - 5)])
+        routes["mix"] = lambda: self.bank.route([self.bank.mix({own: 0.7, other: -0.3}), own, None])
         with routes.get(what, lambda: self.bank.use(own))(), torch.set_grad_enabled(what == "learn"):
             out = output(self.model, inputs)
         if what == "learn":
@@ -104,3 +116,45 @@ def test_whatever_is_done_the_base_keeps_every_byte(name, storage, tmp_path_fact
         hands.do("reopen", "")
 
     run()
+
+
+class Training(Hands):
+    """Also trains, and knows how every adapter must be."""
+
+    def __init__(self, name: str, storage: str, folder) -> None:
+        super().__init__(name, storage, folder)
+        self.known: dict[str, str] = {}
+
+    def do(self, what: str, own: str) -> None:
+        super().do(what, own)
+        if what == "learn":  # for good: a step down its own gradient
+            with torch.no_grad():
+                for _, parameter in self.bank.named_parameters(own):
+                    if parameter.grad is not None:
+                        parameter -= 1e-3 * parameter.grad.sign()
+                        parameter.grad = None
+        before = self.known
+        self.known = {name: self.bank.adapter(name).digest() for name in self.bank.names}
+        touched = own if what == "learn" else None
+        assert all(before[name] == now for name, now in self.known.items() if name in before and name != touched)
+        if what == "learn":
+            assert before[own] != self.known[own]
+
+
+def test_a_thousand_things_done_leave_the_base_and_every_other_adapter_as_they_were(tmp_path):
+    """What is loaded again is what was saved; nothing that is done with one adapter reaches another."""
+    hands, chance, saved = Training("llama-tied", "dense", tmp_path), random.Random(7), {}
+    done = Counter()
+    for _ in range(1000):
+        what, own = chance.choice(hands.possible())
+        with suppress(RouteError):  # form dora in a mix: nothing may have changed for that
+            hands.do(what, own)
+        hands.check()
+        done[what] += 1
+        if what == "save":
+            saved[own] = hands.bank.adapter(own).plain().digest()
+        if what == "load":
+            assert hands.known[own] == saved[hands.saved[-1]]
+    hands.do("reopen", "")
+    assert set(done) == {"add", "put", "load", *ON_ONE, "unmerge", "reopen"}
+    assert min(done.values()) >= 10

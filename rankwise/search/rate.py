@@ -1,0 +1,70 @@
+"""Which learning rate: successive halving, each rung a run of its own length (Jamieson and Talwalkar 2016)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rankwise.search.case import Case, known
+from rankwise.search.rule import Standing, lowest, standings
+
+_EXTENDED = 3  # rates beyond either end of the ladder that are tried at most
+
+
+@dataclass(frozen=True)
+class _Rung:
+    """Rates of one length, ascending, and what they gave; `learns`: the best is measurably better than the base."""
+
+    rates: list[float]
+    standing: list[Standing]
+    statuses: list[str]
+    best: int
+    learns: bool
+
+    @property
+    def at_edge(self) -> bool:
+        return self.best in (0, len(self.rates) - 1)
+
+
+def find_rate(case: Case) -> None:
+    """Half of the rates stay; a best one at an end of what was tried is a reason to try further."""
+    alive = [case.run.lr * 2.0**power for power in case.budget.powers]
+    rungs = []
+    for share in case.budget.rungs:
+        rung = _rung(case, sorted(alive), share)
+        learnt = [(one.loss, lr) for one, lr in zip(rung.standing, rung.rates, strict=True) if one.loss is not None]
+        stay = max(2, len(rung.rates) // 2) if rung.learns else len(rung.rates)
+        alive = [lr for _, lr in sorted(learnt)[:stay]]
+        points = [
+            {"lr": lr, "status": status, **own.told(), "kept": lr in alive}
+            for lr, own, status in zip(rung.rates, rung.standing, rung.statuses, strict=True)
+        ]
+        rungs.append({"share": share, "points": points})
+    near = [own.enough or own.verdict == "cannot tell" for own in rung.standing]
+    alike = [lr for lr, close in zip(rung.rates, near, strict=True) if close]
+    case.run = case.run.model_copy(update={"lr": rung.rates[rung.best]})
+    case.record["rate"] = {
+        "rank": case.spec.rank,
+        "best": rung.rates[rung.best],
+        "interior": rung.learns and not rung.at_edge,
+        "alike": alike,
+        "rungs": rungs,
+    }
+
+
+def _rung(case: Case, rates: list[float], share: float) -> _Rung:
+    """Rates of one length, with neighbours of the best until it has one on either side.
+
+    Where even the best is not measurably better than the base, the length says nothing about rates (the lower one is,
+    the nearer it stays to the base), and none is tried beyond.
+    """
+    for extended in range(_EXTENDED + 1):
+        found = case.trials.made("rate", [case.candidate(lr=lr) for lr in rates], [0], share)
+        losses = case.losses(found)
+        best = lowest(case.means(losses))
+        gain = case.gain(known(losses[best]))
+        standing = standings(losses, case.trials.items("choose"), gain["mean"], case.noise)
+        rung = _Rung(rates, standing, [row[0].status for row in found], best, gain["low"] > 0)
+        if not rung.at_edge or not rung.learns or extended == _EXTENDED:
+            break
+        rates = sorted([*rates, rates[best] * (0.5 if best == 0 else 2.0)])
+    return rung
