@@ -14,6 +14,9 @@ from rankwise.data.replay import Replay
 _ALIKE, _WORTH = 0.6, 8
 
 
+_SHUFFLE = 1  # what sets the permutation of old documents apart from those of epochs
+
+
 class Order:
     """Epoch after epoch of shuffled documents, cut into steps.
 
@@ -49,7 +52,7 @@ class Order:
         if self.replay is None:
             return np.arange(len(self.lengths))
         fresh = len(self.lengths) - self.replay.documents
-        return np.concatenate([np.arange(fresh), self.replay.drawn(epoch, fresh, self.seed)])
+        return np.concatenate([np.arange(fresh), replayed(self.replay, epoch, fresh, self.seed)])
 
     def step(self, number: int) -> tuple[int, np.ndarray]:
         """The epoch a step (from 0) falls in, and its documents."""
@@ -119,3 +122,13 @@ def micro_batches(documents: np.ndarray, lengths: np.ndarray, micro_tokens: int)
         if fits or count >= len(documents):
             return [np.array(b, dtype=np.int64) for b in bins if b]
         count += 1
+
+
+def replayed(replay: Replay, epoch: int, fresh: int, seed: int) -> np.ndarray:
+    """The old documents of an epoch, by their numbers behind the new ones'; of counts, seed and epoch alone.
+
+    None comes twice in an epoch, and none again before all have come.
+    """
+    count = replay.count(fresh)
+    shuffled = np.random.Generator(np.random.PCG64([seed, 0, _SHUFFLE])).permutation(replay.documents)
+    return fresh + shuffled[(epoch * count + np.arange(count)) % replay.documents]

@@ -20,7 +20,7 @@ from rankwise.tasks import DEFAULT, TASKS
 # Classes of the stylesheet; `unclear` is that of the run report where nobody can tell.
 LOOKS = {"recommended": "recommended", "provisional": "provisional", "cannot tell": "unclear"}
 MOST_VALUES = 8  # singular values of a layer that are written out
-LEARNING = ("noise", "rate", "targets", "ladder", "methods", "allocation", "confirm", "ship")
+LEARNING = ("noise", "rate", "targets", "ladder", "methods", "confirm")
 TITLES = {
     "count": "What there is to learn from",
     "noise": "How small a difference can be seen",

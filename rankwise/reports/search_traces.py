@@ -77,9 +77,6 @@ def _losses(search: Search, step: str) -> tuple[list[float], list[float]]:
         pairs = [(point.loss, point.rank == ladder.chosen) for point in ladder.points]
     elif step == "methods" and search.methods is not None:
         pairs = [(point.loss, point.verdict == "better") for point in search.methods.points]
-    elif step == "allocation" and (allocation := search.allocation) is not None:
-        kept = "allocated" if allocation.verdict == "recommended" else "uniform"
-        pairs = [(point.loss, point.name == kept) for point in allocation.points]
     return [x for x, kept in pairs if kept and x is not None], [x for x, _ in pairs if x is not None]
 
 

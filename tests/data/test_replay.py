@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankwise.data.order import Order
+from rankwise.data.order import Order, replayed
 from rankwise.data.replay import Replay
 from rankwise.errors import SpecError
 
@@ -11,7 +11,7 @@ from rankwise.errors import SpecError
 @given(st.integers(1, 200), st.integers(1, 200), st.floats(0.01, 0.9), st.integers(0, 5))
 def test_an_epoch_has_the_share_or_all_there_is_and_none_twice(fresh, documents, share, seed):
     replay = Replay(documents=documents, share=share)
-    drawn = replay.drawn(0, fresh, seed)
+    drawn = replayed(replay, 0, fresh, seed)
     assert len(set(drawn)) == len(drawn) == replay.count(fresh)
     assert all(fresh <= number < fresh + documents for number in drawn)
     if len(drawn) < documents and len(drawn) > 1:
@@ -20,11 +20,11 @@ def test_an_epoch_has_the_share_or_all_there_is_and_none_twice(fresh, documents,
 
 def test_all_old_documents_come_before_any_comes_again():
     replay = Replay(documents=20, share=0.2)
-    epochs = [replay.drawn(epoch, 20, 0) for epoch in range(8)]
+    epochs = [replayed(replay, epoch, 20, 0) for epoch in range(8)]
     assert [len(epoch) for epoch in epochs] == [5] * 8
     for four in (epochs[:4], epochs[4:]):
         assert sorted(np.concatenate(four)) == list(range(20, 40))
-    assert not np.array_equal(replay.drawn(0, 20, 1), epochs[0])
+    assert not np.array_equal(replayed(replay, 0, 20, 1), epochs[0])
 
 
 def test_an_order_mixes_them_into_its_steps_and_follows_from_the_step_alone():
@@ -33,7 +33,7 @@ def test_an_order_mixes_them_into_its_steps_and_follows_from_the_step_alone():
     for epoch in range(3):
         found = np.concatenate(one.epoch(epoch))
         assert sorted(found[found < 30]) == list(range(30))
-        assert sorted(found[found >= 30]) == sorted(replay.drawn(epoch, 30, 3))
+        assert sorted(found[found >= 30]) == sorted(replayed(replay, epoch, 30, 3))
         assert len(found) == 40
     assert any((step < 30).any() and (step >= 30).any() for step in one.epoch(0))
     assert np.array_equal(other.step(14)[1], one.step(14)[1])

@@ -221,7 +221,7 @@ def test_a_page_that_calls_itself_by_this_machine_is_kept_out(server):
 
 def test_a_server_whose_engine_has_died_says_so(shelf):
     with running(shelf / "model") as server:
-        server.service.server.engine.stop()
+        server.service.engine.stop()
         assert (server.get("/health").status_code, server.get("/health").json()) == (503, {"status": "dead"})
 
 
