@@ -105,7 +105,7 @@ def cut(advisor: Any, candidate: Any) -> dict[str, Any]:
     bank, items = trials.bank, trials.items("confirm").sum()
     bank.put("large", trials.adapter("grid", candidate, 0))
     try:
-        found = compress(bank, "large", trials.documents.choose, frequencies=trials.frequencies)
+        found = compress(bank, "large", trials.documents.choose, frequencies=trials.documents.frequencies)
     except DataError as reason:
         return {"fewer": 0.0, "why": reason.message.splitlines()[0]}
     bank.put("small", found.adapter)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from rankwise.data.order import Order
 from rankwise.data.split import split
 from rankwise.errors import DataError
 from rankwise.jobs.documents import Documents, counts, read_documents
+from rankwise.jobs.evaluate import frequencies
 from rankwise.jobs.machine import available_bytes, machine_facts, versions
 from rankwise.jobs.plan import predicted_training
 from rankwise.jobs.request import TrainRequest
@@ -92,14 +94,15 @@ def ground_of(request: TrainRequest, watch: Watch) -> Ground:
     if request.valid is None and request.hold_back is None:
         request = TrainRequest(**request.model_dump(exclude_unset=True) | {"hold_back": HELD_BACK})
     subject = subject_of(request, watch)
-    parts = _parts(read_documents(request, subject.reader, watch), request.seed)
+    documents = read_documents(request, subject.reader, watch)
+    parts = _parts(documents, request.seed, frequencies(subject.base, subject.classes))
     order = Order(parts.train.lengths(), request.seed, request.batch_tokens, request.batch_documents)
     steps = request.max_steps or order.steps(request.epochs)
     settled = request.model_dump(exclude_unset=True) | {"max_steps": steps, "evaluate_every": steps}
     return Ground(TrainRequest(**settled), subject, parts, order)
 
 
-def _parts(documents: Documents, seed: int) -> Parts:
+def _parts(documents: Documents, seed: int, shares: Sequence[int]) -> Parts:
     """A file for tests confirms; without one half of the documents to judge by does."""
     choose, confirm = documents.valid, documents.test
     if confirm is choose:
@@ -109,4 +112,4 @@ def _parts(documents: Documents, seed: int) -> Parts:
             f"{len(choose)} documents to choose by and {len(confirm)} to confirm on: an interval needs two",
             hint="give --valid and --test, or more rows",
         )
-    return Parts(documents.train, choose, confirm)
+    return Parts(documents.train, choose, confirm, tuple(shares))

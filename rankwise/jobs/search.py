@@ -25,7 +25,6 @@ from rankwise.engine.interrupt import Interrupted
 from rankwise.engine.look import Spectrum
 from rankwise.errors import RunFolderError, SpecError
 from rankwise.formats.tensors import write_text
-from rankwise.jobs.evaluate import frequencies
 from rankwise.jobs.ground import ground_of
 from rankwise.jobs.request import Repeated, TrainRequest
 from rankwise.jobs.spread import Spread
@@ -185,7 +184,6 @@ def opened(
                 Spread(ground.request, identity, address=asked.ray_address, workers=asked.workers)
             )
         how: dict[str, Any] = {"pack": pack, "packs": packs, "tell": stages}
-        how["frequencies"] = frequencies(base, ground.subject.classes)
         trials = Trials(bank, ground.parts, ground.request.loop, study, request.out, **how)
         facts = ground.facts() | {"budget": asked.budget, "pack": {"adapters": pack, "reason": why}}
         yield _advisor(asked, ground.request, ground.subject, trials), ground.request, facts

@@ -93,9 +93,13 @@ class Case:
         return {"mean": -found.mean, "low": -high, "high": -low}
 
     def noise_with(self, losses: Sequence[np.ndarray], which: str) -> Noise | None:
-        """Of full-length runs where there are several seeds of them, pooled with what the noise step saw."""
+        """Of full-length runs where there are several seeds of them, else what the noise step saw.
+
+        The two are not pooled: at a quarter of the length, or before the rate is found, a training may have learnt so
+        little that its seeds hardly differ, and that would speak for runs that do (docs/log.md, 2026-11-26).
+        """
         own = [Noise.of(one, self.trials.items(which)) for one in losses if len(one) > 1]
-        return Noise.pooled([*own, *([self.noise] if self.noise is not None else [])]) if own else self.noise
+        return Noise.pooled(own) if own else self.noise
 
     @property
     def layers(self) -> str:

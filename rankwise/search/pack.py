@@ -32,11 +32,15 @@ Tell = Callable[[str, float], None]  # what is being done, and how far that is
 
 @dataclass(frozen=True)
 class Parts:
-    """Documents: learnt from, chosen by, and confirmed on, which no choice looks at."""
+    """Documents: learnt from, chosen by, and confirmed on, which no choice looks at.
+
+    `frequencies` stand in the place of a base whose head is fresh, as for `evaluate`.
+    """
 
     train: Examples
     choose: Examples
     confirm: Examples
+    frequencies: tuple[int, ...] = ()
 
     @property
     def digests(self) -> list[str]:

@@ -71,7 +71,7 @@ def _compressed(trials: Trials, adapter: Adapter) -> tuple[float, Adapter, np.nd
     try:
         tolerance, small = 0.0, adapter
         try:
-            settings: dict[str, Any] = {"frequencies": trials.frequencies, "advance": trials.tell}
+            settings: dict[str, Any] = {"frequencies": trials.documents.frequencies, "advance": trials.tell}
             found = compress(bank, _WHOLE, documents.choose, **settings)
             tolerance, small = found.tolerance, found.adapter
         except (DataError, SpecError) as reason:

@@ -28,7 +28,6 @@ class Trials:
         folder: for checkpoints and for adapters of full length.
         pack: how many adapters train side by side at most.
         packs: where they are trained; by itself here, one pack after the other.
-        frequencies: what stands in the place of a base whose head is fresh, as for `evaluate`.
         tell: is told what is being done.
     """
 
@@ -42,11 +41,10 @@ class Trials:
         *,
         pack: int,
         packs: Packs | None = None,
-        frequencies: Sequence[int] = (),
         tell: Tell | None = None,
     ) -> None:
         self.bank, self.documents, self.loop, self.study, self.folder = bank, documents, loop, study, folder
-        self.pack, self.frequencies, self.tell = pack, tuple(frequencies), tell or (lambda stage, share: None)
+        self.pack, self.tell = pack, tell or (lambda stage, share: None)
         self.packs = packs or Bench(bank, documents, loop, folder / "packs")
         self.asked: dict[str, float] = {}  # key → share of a full run, of all that this search rests on
         self._base: dict[str, np.ndarray] = {}
@@ -63,7 +61,7 @@ class Trials:
         if which not in self._base:
             examples = getattr(self.documents, which)
             self.tell(f"measuring the base, documents to {which} by", 0.0)
-            self._base[which] = base_losses(self.bank, examples, self.frequencies)
+            self._base[which] = base_losses(self.bank, examples, self.documents.frequencies)
         return self._base[which]
 
     def items(self, which: str) -> np.ndarray:

@@ -97,7 +97,9 @@ class AdaptedLayer(Stand):
         self._known_norms: dict[str, Any] = {}  # name → A, B, and the norms they gave
 
     def admit(self, name: str, own: LowRank, seed: int) -> None:
-        self.adapters[key_of(name)] = own.to(self.kind.held(self.base).device).train(self.training)
+        device = self.kind.held(self.base).device
+        own = own if own.A.device == device else own.to(device)
+        self.adapters[key_of(name)] = own if own.training == self.training else own.train(self.training)
         own.meet(self.kind.weight(self.base))
         self.seeds[name] = seed
         self._known_norms.pop(name, None)
