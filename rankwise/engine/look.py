@@ -145,7 +145,7 @@ class Look:
         kinds = [f"{path}: {s.kind.name}" for path, s in self.sites.items() if s.kind.width_dims != 1]
         if kinds:
             raise SpecError(
-                f"the inputs of linear layers alone are looked at:\n{listing(kinds)}",
+                f"the inputs of linear layers alone are looked at, and these are other layers:\n{listing(kinds)}",
                 hint="leave these layers out of the targets, or take another init",
             )
 
