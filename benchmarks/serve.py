@@ -10,7 +10,8 @@ length.  Sides take turns, and the median over the rounds counts.  Sides:
     generate         transformers' own, the bare base, a single stream
     peft mixed       PEFT, one batch with `adapter_names`
     peft switched    PEFT, one after the other with `set_adapter`, a part of them
-    load             an adapter from disk between two steps until it is served, and a loaded one made current
+    load             an adapter from disk between two steps until it is served
+    made current     answers of one token, each through another adapter than the one before, less those through the same
 
 Prints one JSON object: tokens a second of each side (new tokens over the whole time, prompts included), milliseconds of
 the loads, and the ratios that docs/serving.md has goals for.
@@ -20,17 +21,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from rankwise.adapters.spec import LoraSpec
+from rankwise.jobs.machine import processor_name, versions
 from rankwise.serving.engine import Engine
 from rankwise.serving.requests import Finished, Token, Wanted
 from rankwise.surgery.bank import Bank
@@ -159,7 +163,20 @@ class Sides:
             self.engine.between_steps(lambda: None).result()  # the rack has taken it in
             found.append(1e3 * (time.perf_counter() - begin))
             self.engine.between_steps(lambda i=i: self.bank.remove(f"b{i}")).result()  # type: ignore[misc]
-        return {"from disk": statistics.median(found[1:])}
+        return {"from disk": statistics.median(found[1:]), "made current": self.switches(20 * times)}
+
+    def switches(self, times: int) -> float:
+        """Milliseconds that it costs a request to go through another adapter than the one before."""
+        length, self.tokens = self.tokens, 1
+        spent: dict[str, list[float]] = {"same": [], "other": []}
+        for i in range(2 * times):
+            kind = "other" if i % 2 else "same"
+            self.served(["a0" if kind == "same" else "a1"])
+            begin = time.perf_counter()
+            self.served(["a0"])
+            spent[kind].append(1e3 * (time.perf_counter() - begin))
+        self.tokens = length
+        return statistics.median(spent["other"]) - statistics.median(spent["same"])
 
 
 def timed(side: Callable[[], int]) -> float:
@@ -208,8 +225,9 @@ def main() -> None:
         sides = Sides(arguments, Path(place))
         found = measured(sides, arguments.rounds, peft=arguments.peft)
     facts = {"model": Path(arguments.model).name, "dtype": arguments.dtype, "threads": torch.get_num_threads()}
+    machine = {"processor": processor_name(), "cores": os.cpu_count(), **versions(), "peft": version("peft")}
     sizes = {"adapters": arguments.adapters, "prompt": arguments.prompt, "tokens": arguments.tokens}
-    print(json.dumps(facts | sizes | found, indent=1))
+    print(json.dumps(facts | sizes | {"machine": machine} | found, indent=1))
 
 
 if __name__ == "__main__":
