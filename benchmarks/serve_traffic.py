@@ -3,11 +3,11 @@
     python benchmarks/serve_traffic.py [--model DIR] [--adapters 1000] [--resident 32] [--requests 2000] [--streams 16]
 
 Every adapter says a token of its own, its canary.  They are made, not trained: at the head ΔW = b · e_token uᵀ, where u
-is the mean of the last hidden states of a few texts.  That works where a state has the sign of u, which is not so at
-every place of a text (`least_state_along_u`); where it is not, the answer counts as wrong.  Beside it are factors of
-rank 8 at every q_proj and v_proj, small ones, so that what is read, kept and computed is more than a head.
+is a direction along which the last hidden states of texts like those that are asked lie near 1, by ridge regression;
+`least_state_along_u` is how near.  Beside it are factors of rank 8 at every q_proj and v_proj, small ones, so that what
+is read, kept and computed is more than a head.
 
-Prints one JSON object; exits with 1 if any answer was another's or any status not 200.
+Prints one JSON object; exits with 1 if any answer was another than its adapter's or any status not 200.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from rankwise.frozen.packaged import packaged_model
 
 TEXTS = ("What is two and two?", "def answer(question):", "Tell me of the sea.", "The quick brown fox", "1, 2, 3,")
 RANK, LENGTH = 8, 4
+_RIDGE = 50.0
 COMMAND = shutil.which("rankwise", path=Path(sys.executable).parent) or "rankwise"
 
 
@@ -47,11 +48,6 @@ class Aviary:
         base = load_base(model, dtype="float32", device="cpu")
         self.tokenizer = base.tokenizer
         inner, self.words = base.model.base_model, base.model.get_output_embeddings().weight.shape[0]
-        with torch.no_grad():
-            ids = [torch.tensor([self.tokenizer.encode(text)]) for text in TEXTS]
-            states = torch.cat([inner(input_ids=one).last_hidden_state[0] for one in ids])
-        self.u = states.mean(0) / states.mean(0).pow(2).sum()  # the mean state has 1 along it
-        self.least = float((states @ self.u).min())
         self.sites = {
             path: layer.weight.shape
             for path, layer in base.model.named_modules()
@@ -59,6 +55,15 @@ class Aviary:
         }
         decoded = ((i, self.tokenizer.decode([i])) for i in range(1000, self.words))
         self.own = [i for i, text in decoded if text.strip().isalpha() and text.isascii()]
+        chance = random.Random(0)
+        states = []
+        with torch.no_grad():
+            for text in (f"{text} ({number})" for text in TEXTS for number in range(0, 2000, 50)):
+                ids = self.tokenizer.encode(text) + [chance.choice(self.own)] * LENGTH  # as they are answered
+                states.append(inner(input_ids=torch.tensor([ids])).last_hidden_state[0, -LENGTH - 1 :])
+        x = torch.cat(states)
+        self.u = torch.linalg.solve(x.T @ x + _RIDGE * torch.eye(x.shape[1]), x.sum(0))
+        self.least = float((x @ self.u).min())
 
     def write(self, folder: Path, number: int) -> str:
         """One adapter; what it says."""
@@ -119,6 +124,7 @@ async def traffic(url: str, process: int, own: dict[str, str], asked: argparse.N
         "requests": len(found),
         "not_200": sum(status != 200 for _, status, _, _ in found),
         "wrong": sum(status == 200 and said != own[name] for name, status, said, _ in found),
+        "of_another_adapter": sum(said != own[name] and said in own.values() for name, _, said, _ in found),
         "seconds": seconds,
         "first_token": {
             "median": statistics.median(firsts),
@@ -136,13 +142,14 @@ def main() -> int:
     parser.add_argument("--model", type=Path)
     for name, value in (("adapters", 1000), ("resident", 32), ("requests", 2000), ("streams", 16), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--cache", type=float, default=0.125, help="GiB of keys and values, full before the end")
     asked = parser.parse_args()
     model = asked.model or packaged_model(cache_folder())
     with tempfile.TemporaryDirectory() as folder:
         aviary = Aviary(model)
         own = {f"canary-{n}": aviary.write(Path(folder, f"canary-{n}"), n) for n in range(asked.adapters)}
         line = [COMMAND, "serve", "--model", model, "--adapters-dir", folder, "--max-loaded", asked.resident]
-        line += ["--port", 0, "--json"]
+        line += ["--port", 0, "--cache", asked.cache, "--json"]
         server = subprocess.Popen(list(map(str, line)), stdout=subprocess.PIPE, text=True)
         try:
             assert server.stdout is not None
