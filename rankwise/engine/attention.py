@@ -125,8 +125,10 @@ AttentionMaskInterface.register(NAME, window_alone)
 
 
 @contextmanager
-def packed(model: PreTrainedModel) -> Iterator[None]:
-    """Within it the model attends document by document; its own implementation is put back after.
+def attending(model: PreTrainedModel, name: str = NAME) -> Iterator[None]:
+    """Within it the model attends by an implementation of the registry's; its own is put back after.
+
+    By `rankwise` document by document.
 
     Raises:
         UnpackableError: the model's attention does not go through transformers' interface.
@@ -134,7 +136,7 @@ def packed(model: PreTrainedModel) -> Iterator[None]:
     own = model.config._attn_implementation
     if not model._can_set_attn_implementation():
         raise UnpackableError(f"{type(model).__name__} does not use transformers' attention interface")
-    model.set_attn_implementation(NAME)
+    model.set_attn_implementation(name)
     try:
         yield
     finally:

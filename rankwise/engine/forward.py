@@ -20,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rankwise.data.examples import Examples
 from rankwise.engine.agree import agree
-from rankwise.engine.attention import Rows, UnpackableError, packed, streaming
+from rankwise.engine.attention import Rows, UnpackableError, attending, streaming
 from rankwise.engine.batch import Batch
 from rankwise.engine.blocks import fused_blocks
 from rankwise.engine.head import Head, frozen_head_loss, measured_losses, trained_head_loss
@@ -89,7 +89,7 @@ class Forward:
         self._held.close()
 
     def _take_hold(self, held: ExitStack) -> None:
-        held.enter_context(_evaluating(self.model))
+        held.enter_context(evaluating(self.model))
         held.enter_context(self.bank.use(None))
         want = _Probe.of(self.task)
         self.fused = held.enter_context(fused_blocks(self.model))
@@ -113,7 +113,7 @@ class Forward:
             with ExitStack() as trial:
                 trial.enter_context(way.outlet.opened())
                 if way.attention:
-                    trial.enter_context(packed(self.model))
+                    trial.enter_context(attending(self.model))
                 self._prove(want)
                 held.push(trial.pop_all())
         except (UnpackableError, NoOutletError) as refusal:
@@ -315,7 +315,7 @@ def _per_document(losses: Tensor, batch: Batch) -> np.ndarray:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """The base stays in evaluation mode, in training too: it is frozen, and dropout belongs to the adapters."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

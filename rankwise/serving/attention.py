@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface
 
 from rankwise.engine.attention import UnpackableError, carries_window, window_alone
 from rankwise.kernels.cached import Look, Pieces, attend_cached
@@ -127,20 +127,3 @@ def _attend_cached(
 
 AttentionInterface.register(NAME, _attend_cached)
 AttentionMaskInterface.register(NAME, window_alone)
-
-
-@contextmanager
-def cached(model: PreTrainedModel) -> Iterator[None]:
-    """Within it the model attends through a `Store`; its own implementation is put back after.
-
-    Raises:
-        UnpackableError: the model's attention does not go through transformers' interface.
-    """
-    own = model.config._attn_implementation
-    if not model._can_set_attn_implementation():
-        raise UnpackableError(f"{type(model).__name__} does not use transformers' attention interface")
-    model.set_attn_implementation(NAME)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(own)

@@ -8,17 +8,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from rankwise.engine.agree import agree
-from rankwise.engine.attention import UnpackableError
+from rankwise.engine.attention import UnpackableError, attending
+from rankwise.engine.forward import evaluating
 from rankwise.engine.outlet import NoOutletError, OfBase, Outlet
 from rankwise.errors import ModelError
 from rankwise.kernels.cached import Piece, Pieces
 from rankwise.kernels.grouped import Adapters, Grouped
 from rankwise.kernels.heap import keep_freed_memory
-from rankwise.serving.attention import Store, cached
+from rankwise.serving.attention import NAME, Store
 from rankwise.serving.cache import BLOCK, blocks_for
 from rankwise.serving.decoder import DecoderLayers, decoder_layers
 from rankwise.serving.rack import Rack
@@ -71,7 +72,7 @@ class Held:
         keep_freed_memory()
         _ = self.bank.sites, self.bank.modules, self.bank.base_fingerprint  # of the clean model
         with ExitStack() as held:
-            held.enter_context(_evaluating(self.model))
+            held.enter_context(evaluating(self.model))
             self._take_hold(held)
             self._held = held.pop_all()
         return self
@@ -118,7 +119,7 @@ class Held:
     def _take_hold(self, held: ExitStack) -> None:
         want = self._alone()
         try:
-            held.enter_context(cached(self.model))
+            held.enter_context(attending(self.model, NAME))
         except UnpackableError as refusal:
             raise ModelError(str(refusal), hint=_HINT) from refusal
         held.callback(self._let_go)
@@ -251,14 +252,3 @@ def _context(config: Any) -> int | None:
             )
             most = min(filter(None, (first, most)), default=None)
     return most
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

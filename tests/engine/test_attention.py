@@ -7,7 +7,7 @@ import transformers as hf
 from torch import nn
 
 from rankwise.engine import attention
-from rankwise.engine.attention import UnpackableError, packed
+from rankwise.engine.attention import UnpackableError, attending
 from rankwise.engine.forward import Forward
 from rankwise.surgery.bank import Bank
 from tests.corpora import random_corpus
@@ -61,6 +61,6 @@ def test_masks_that_packed_attention_cannot_keep_are_refused():
 def test_a_model_is_given_back_its_own_attention():
     model = windowed("qwen2-moe")
     own = model.config._attn_implementation
-    with packed(model):
+    with attending(model):
         assert model.config._attn_implementation == attention.NAME
     assert model.config._attn_implementation == own
