@@ -9,6 +9,7 @@ Nothing else is shared: a worker's checkpoints are its own.  A pack whose worker
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -135,6 +136,7 @@ class _Worker:
         found = self.bench.train(pack, adapters, lambda title, share: None)
         keys = [trial.key for trial in pack.trials if (adapters / trial.key).exists()]
         files = {key: {path.name: path.read_bytes() for path in (adapters / key).iterdir()} for key in keys}
+        shutil.rmtree(self.place)  # nobody will ask for it again
         return found, files
 
 

@@ -13,7 +13,7 @@ from rankwise.errors import DataError
 from rankwise.formats.peft import read_adapter
 from rankwise.jobs.ground import ground_of
 from rankwise.jobs.search import SearchRequest, run_search
-from rankwise.jobs.spread import Spread
+from rankwise.jobs.spread import Spread, _Worker
 from rankwise.jobs.watch import Quiet
 from rankwise.search.pack import Bench, Pack
 from rankwise.search.study import Candidate, Trial
@@ -126,6 +126,15 @@ def test_a_search_on_two_workers_answers_as_one_here(cluster, world, rows, tmp_p
     assert (local["rank"], local["kind"]) == (ray["rank"], ray["kind"])
     assert local["lr"] == pytest.approx(ray["lr"])
     assert not list((tmp_path / "ray" / "packs").glob("*"))
+
+
+def test_a_worker_leaves_nothing_behind_and_goes_on(world, rows, tmp_path):
+    ground, bank = on_ground(world, rows, tmp_path / "s")
+    worker = _Worker(ground.request.model_dump(exclude_unset=True), ground.identity(bank), 1)
+    for pack in packs():
+        found, _ = worker.train(pack)
+        assert all(one.status == "finished" for one in found)
+        assert not worker.place.exists()
 
 
 def by_name(made):
