@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import tempfile
 import time
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from where import machine
 
 from rankwise.adapters.spec import LoraSpec
 from rankwise.data.prepare import prepare
@@ -146,8 +145,7 @@ def main() -> None:
         "settings": {name: getattr(arguments, name) for name in ("rank", "batch", "lr", "share")},
         "seeds": seeds,
         "seconds": round(time.perf_counter() - began, 1),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
+        "machine": machine(),
     }
     print(json.dumps(told, indent=1))
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from where import machine
 
 from rankwise.search.statistics import Noise, difference
 
@@ -118,6 +119,7 @@ def main() -> None:
     covered = [one["held"] for one in found]
     told: dict[str, Any] = {
         "what": "coverage of 95 % intervals",
+        "machine": machine(),
         "worlds": arguments.worlds,
         "mean": float(np.mean(covered)),
         "least": min(covered),

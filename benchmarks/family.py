@@ -14,14 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from where import machine
 
 from rankwise.adapters.presets import TARGET_ROLES
 from rankwise.adapters.spec import LoraSpec
@@ -30,7 +29,6 @@ from rankwise.data.template import Template
 from rankwise.engine.loop import train
 from rankwise.engine.run import Loop, Pruning, Run
 from rankwise.frozen.load import Base, load_base
-from rankwise.jobs.machine import processor_name
 from rankwise.kernels.heap import begin_anew
 from rankwise.kernels.sizes import Storage
 from rankwise.surgery.bank import Bank
@@ -108,13 +106,7 @@ def main() -> None:
         "what": f"optimiser step of at most {TOKENS} tokens, r = {RANK} all-linear",
         "model": Path(arguments.model).name,
         "data": Path(arguments.data).parent.name,
-        "machine": {
-            "processor": processor_name(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("rankwise", "torch", "transformers")},
-        },
+        "machine": machine() | {"threads": torch.get_num_threads()},
         "precision": str(bases["dense"].precision.dtype),
         "rounds": arguments.rounds,
         "seconds": {side: statistics.median(step for one in own for step in one[1:]) for side, own in found.items()},

@@ -14,13 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from where import machine
 
 from rankwise.kernels.heap import without_thread_cache
 
@@ -84,12 +84,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         "what": f"{arguments.adapters} adapters, r = {RANK} all-linear, {arguments.tokens} tokens each a step",
         "model": Path(arguments.model).name,
         "data": Path(arguments.data).parent.name,
-        "machine": {
-            "processor": processor(),
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("rankwise", "torch", "transformers")},
-        },
+        "machine": machine(),
         "rounds": arguments.rounds,
         "seconds_a_step": seconds,
         "peak_gb": {side: bytes_ / 1e9 for side, bytes_ in peak.items()},
@@ -100,12 +95,6 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         "largest_difference_of_losses": max(pairs),
         "every": found,
     }
-
-
-def processor() -> str:
-    from rankwise.jobs.machine import processor_name
-
-    return processor_name()
 
 
 def main() -> None:

@@ -3,32 +3,35 @@
     python benchmarks/search.py --model DIR --task sequence-classification --data DIR [--data DIR …] [--documents 600]
 
 Each DIR holds train.jsonl, valid.jsonl and test.jsonl.  For each: (1) the search, up to its recommendation; (2) one
-run of the grid's middle by PEFT and transformers' Trainer, in each number format that the machine multiplies, of which
-the faster one times a grid that is run one by one; (3) the grid, every rate × every rank at full length with one seed,
-through the same engine, of which the search knows nothing; (4) the adapter of the grid's best rate at rank 32, made
-smaller by `compress` on the documents that the search chose by.  The regret is the loss of what was recommended less
-that of the grid's best, on the test documents, which neither looked at; the grid's best is the best on these very
-documents, so that chance counts against the search.  Prints one JSON object.
+run of the grid's middle by PEFT and transformers' Trainer with the validation loss at its end, in each number format
+that the machine multiplies, of which the faster one times a grid that is run one by one; (3) the grid, every rate ×
+every rank at full length with one seed, through the same engine, of which the search knows nothing; (4) the adapter of
+the grid's best rate at rank 32, made smaller by `compress` on the validation documents.
+
+The regret is the loss of what was recommended less that of what the grid would have recommended, its lowest loss on the
+validation documents, measured on the test documents, which neither looked at.  `hindsight` is the same against the
+lowest of all runs on these very test documents: an oracle, whose luck counts against the search.  `--only time` leaves
+out the grid, for a machine that is quiet for minutes only; `--only regret` PEFT, for one that is not.  Prints one JSON
+object.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+from where import machine
+
 RANKS = (2, 4, 8, 16, 32, 64)
 POWERS = (-2, -1, 0, 1, 2, 3)
-ALPHA, RANK, LARGE = 32, 16, 32
+ALPHA, RANK, LARGE, LENGTH = 32, 16, 32, 256
 
 
 def request(arguments: argparse.Namespace, data: Path, out: Path) -> Any:
@@ -40,7 +43,8 @@ def request(arguments: argparse.Namespace, data: Path, out: Path) -> Any:
         place = out.parent / f"{data.name}-{part}.jsonl"
         place.write_text("".join(rows), encoding="utf-8")
         files[part] = str(place)
-    settings = {"alpha": ALPHA, "rank": RANK, "lr": arguments.lr, "max_length": 256, "epochs": arguments.epochs}
+    settings = {"alpha": ALPHA, "rank": RANK, "lr": arguments.lr, "max_length": LENGTH, "epochs": arguments.epochs}
+    settings |= {"batch_documents": arguments.batch, "dtype": arguments.dtype}
     judged = {"valid": files["valid"], "test": files["test"]}
     return TrainRequest(
         model=arguments.model, task=arguments.task, data=(files["train"],), out=out, **judged, **settings
@@ -48,51 +52,72 @@ def request(arguments: argparse.Namespace, data: Path, out: Path) -> Any:
 
 
 def compare(arguments: argparse.Namespace, data: Path, place: Path) -> dict[str, Any]:
-    from rankwise.jobs.search import SearchRequest, opened, run_search
+    from rankwise.jobs.search import SearchRequest, run_search
     from rankwise.jobs.watch import Quiet
-    from rankwise.search.rule import lowest
-    from rankwise.search.statistics import difference
 
-    (place / "grid").mkdir(parents=True)
+    place.mkdir()
     asked = SearchRequest(budget=arguments.budget, ranks=RANKS, until="confirm")
     began = time.perf_counter()
     found = run_search(asked, request(arguments, data, place / "search"), Quiet())
     seconds = time.perf_counter() - began
     told = found["recommendation"]
-    peft = {dtype: _peft(arguments, data, dtype) for dtype in ("float32", "bfloat16")}
-    with opened(asked, request(arguments, data, place / "grid"), Quiet()) as (advisor, _, _):
-        trials, begun = advisor.trials, time.perf_counter()
-        cells = [(arguments.lr * 2.0**power, rank) for power, rank in product(POWERS, RANKS)]
-        candidates = [advisor.candidate(rank, lr) for lr, rank in cells]
-        grid = trials.made("grid", candidates, [0], 1.0)
-        packed = time.perf_counter() - begun
-        own = trials.made("grid", [advisor.candidate(told["rank"], told["lr"], told["targets"])], [0], 1.0)
-        losses, ours = advisor.losses(grid, "confirm"), advisor.losses(own, "confirm")[0]
-        items = trials.items("confirm")
-        best = lowest([advisor.mean(one, "confirm") for one in losses])
-        gain = advisor.gain(losses[best], "confirm")["mean"]
-        regret = difference(ours, losses[best], items)
-        of_large = [i for i, (_, rank) in enumerate(cells) if rank == LARGE]
-        chosen = lowest([advisor.mean(advisor.losses([grid[i]])[0]) for i in of_large])
-        smaller = cut(advisor, candidates[of_large[chosen]])
-    one_by_one = min(peft.values()) * len(cells)
-    allowed = max(regret.error, 0.02 * gain)
-    return {
+    answer = {
         "data": data.name,
         "recommendation": {key: told[key] for key in ("kind", "rank", "lr", "targets", "sentence")},
-        "best_of_grid": {"lr": cells[best][0], "rank": cells[best][1], "loss": advisor.mean(losses[best], "confirm")},
-        "regret": {"mean": regret.mean, "error": regret.error, "allowed": allowed, "within": regret.mean <= allowed},
-        "gain": gain,
-        "compress": smaller,
-        "seconds": {"search": seconds, "grid, packed": packed, "one run, PEFT": peft, "grid, PEFT": one_by_one},
-        "ratio_to_grid": seconds / one_by_one,
         "runs": found["cost"]["runs"],
         "noise": {key: found["noise"][key] for key in ("deviation", "detectable", "tolerance")},
-        "grid": [
-            {"lr": lr, "rank": rank, "loss": advisor.mean(one, "confirm")}
-            for (lr, rank), one in zip(cells, losses, strict=True)
-        ],
     }
+    if arguments.only != "regret":
+        peft = {dtype: _peft(arguments, data, dtype) for dtype in ("float32", "bfloat16")}
+        one_by_one = min(peft.values()) * len(RANKS) * len(POWERS)
+        answer["seconds"] = {"search": seconds, "one run, PEFT": peft, "grid, PEFT": one_by_one}
+        answer["ratio_to_grid"] = seconds / one_by_one
+    if arguments.only != "time":
+        answer |= _against_grid(arguments, data, place / "grid", told)
+    return answer
+
+
+def _against_grid(arguments: argparse.Namespace, data: Path, out: Path, told: dict[str, Any]) -> dict[str, Any]:
+    """The grid, what it would have recommended, and how far from that the search's recommendation `told` is."""
+    from rankwise.jobs.search import SearchRequest, opened
+    from rankwise.jobs.watch import Quiet
+    from rankwise.search.rule import lowest
+
+    out.mkdir()
+    with opened(SearchRequest(ranks=RANKS), request(arguments, data, out), Quiet()) as (advisor, _, _):
+        cells = [(arguments.lr * 2.0**power, rank) for power, rank in product(POWERS, RANKS)]
+        candidates = [advisor.candidate(rank, lr) for lr, rank in cells]
+        grid = advisor.trials.made("grid", candidates, [0], 1.0)
+        own = advisor.trials.made("grid", [advisor.candidate(told["rank"], told["lr"], told["targets"])], [0], 1.0)
+        chosen_by = [advisor.mean(one) for one in advisor.losses(grid)]
+        losses, ours = advisor.losses(grid, "confirm"), advisor.losses(own, "confirm")[0]
+        means = [advisor.mean(one, "confirm") for one in losses]
+        choice, best = lowest(chosen_by), lowest(means)
+        gain = advisor.gain(losses[choice], "confirm")["mean"]
+        of_large = [i for i, (_, rank) in enumerate(cells) if rank == LARGE]
+        smaller = cut(advisor, candidates[of_large[lowest([chosen_by[i] for i in of_large])]])
+        items = advisor.trials.items("confirm")
+        return {
+            "documents": {which: len(advisor.trials.items(which)) for which in ("choose", "confirm")},
+            "choice_of_grid": {"lr": cells[choice][0], "rank": cells[choice][1], "loss": means[choice]},
+            "best_of_grid": {"lr": cells[best][0], "rank": cells[best][1], "loss": means[best]},
+            "gain": gain,
+            "regret": _regret(ours, losses[choice], items, gain),
+            "hindsight": _regret(ours, losses[best], items, gain),
+            "compress": smaller,
+            "grid": [
+                {"lr": lr, "rank": rank, "chosen_by": first, "loss": loss}
+                for (lr, rank), first, loss in zip(cells, chosen_by, means, strict=True)
+            ],
+        }
+
+
+def _regret(ours: Any, theirs: Any, items: Any, gain: float) -> dict[str, Any]:
+    from rankwise.search.statistics import difference
+
+    apart = difference(ours, theirs, items)
+    allowed = max(apart.error, 0.02 * gain)
+    return {"mean": apart.mean, "error": apart.error, "allowed": allowed, "within": apart.mean <= allowed}
 
 
 def cut(advisor: Any, candidate: Any) -> dict[str, Any]:
@@ -119,38 +144,31 @@ def cut(advisor: Any, candidate: Any) -> dict[str, Any]:
 
 def _peft(arguments: argparse.Namespace, data: Path, dtype: str) -> float:
     """Seconds of one run."""
-    asked = ["--peft", str(data), "--dtype", dtype, "--model", arguments.model, *_same(arguments)]
+    asked = ["--peft", str(data), "--dtype", dtype, "--model", arguments.model, "--task", arguments.task]
+    for name in ("documents", "judged", "epochs", "lr", "batch"):
+        asked += [f"--{name}", str(getattr(arguments, name))]
     done = subprocess.run([sys.executable, __file__, *asked], capture_output=True, text=True, check=True)
     return float(json.loads(done.stdout.splitlines()[-1])["seconds"])
 
 
-def _same(arguments: argparse.Namespace) -> list[str]:
-    return ["--documents", str(arguments.documents), "--epochs", str(arguments.epochs), "--lr", str(arguments.lr)]
-
-
 def run_peft(arguments: argparse.Namespace, data: Path) -> dict[str, Any]:
-    """One run of the grid, training alone, as people run it: 32 texts a step, sorted by length into batches."""
+    """One run of the grid as people run it: as many documents a step, sorted by length into batches."""
     import torch
     import transformers
     from peft import LoraConfig, get_peft_model
 
-    rows = [json.loads(line) for line in (data / "train.jsonl").read_text(encoding="utf-8").splitlines()]
-    rows = rows[: arguments.documents]
-    labels = sorted({row["label"] for row in rows})
-    tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model)
-    kind = transformers.AutoModelForSequenceClassification
-    model = kind.from_pretrained(arguments.model, num_labels=len(labels), dtype=getattr(torch, arguments.dtype))
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="SEQ_CLS")
+    of_texts = arguments.task == "sequence-classification"
+    model, train, valid, collate = (_texts if of_texts else _chats)(arguments, data)
+    config = LoraConfig(
+        r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="SEQ_CLS" if of_texts else "CAUSAL_LM"
+    )
     torch.manual_seed(0)
     model = get_peft_model(model, config)
-    examples = []
-    for row in rows:
-        found = tokenizer(row["text"], truncation=True, max_length=256)
-        examples.append({**found, "labels": labels.index(row["label"]), "length": len(found["input_ids"])})
     with tempfile.TemporaryDirectory() as folder:
         settings = transformers.TrainingArguments(
             output_dir=folder,
-            per_device_train_batch_size=32,
+            per_device_train_batch_size=arguments.batch,
+            per_device_eval_batch_size=arguments.batch,
             num_train_epochs=arguments.epochs,
             learning_rate=arguments.lr,
             bf16=arguments.dtype == "bfloat16",
@@ -159,18 +177,72 @@ def run_peft(arguments: argparse.Namespace, data: Path) -> dict[str, Any]:
             save_strategy="no",
             logging_strategy="no",
             disable_tqdm=True,
+            prediction_loss_only=True,
             train_sampling_strategy="group_by_length",
             length_column_name="length",
         )
         trainer = transformers.Trainer(
-            model=model,
-            args=settings,
-            train_dataset=examples,
-            data_collator=transformers.DataCollatorWithPadding(tokenizer),
+            model=model, args=settings, train_dataset=train, eval_dataset=valid, data_collator=collate
         )
         began = time.perf_counter()
         trainer.train()
-        return {"seconds": time.perf_counter() - began}
+        loss = trainer.evaluate()["eval_loss"]
+        return {"seconds": time.perf_counter() - began, "loss": loss}
+
+
+Peft = tuple[Any, list[dict[str, Any]], list[dict[str, Any]], Any]  # a model, examples of both parts, and a collator
+
+
+def _texts(arguments: argparse.Namespace, data: Path) -> Peft:
+    import torch
+    import transformers
+
+    parts = []
+    for part, most in (("train", arguments.documents), ("valid", arguments.judged)):
+        rows = (data / f"{part}.jsonl").read_text(encoding="utf-8").splitlines()[:most]
+        parts.append([json.loads(row) for row in rows])
+    labels = sorted({row["label"] for row in parts[0]})
+    tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model)
+    examples = [
+        [
+            {**found, "labels": labels.index(row["label"]), "length": len(found["input_ids"])}
+            for row in part
+            for found in [tokenizer(row["text"], truncation=True, max_length=LENGTH)]
+        ]
+        for part in parts
+    ]
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        arguments.model, num_labels=len(labels), dtype=getattr(torch, arguments.dtype)
+    )
+    return model, *examples, transformers.DataCollatorWithPadding(tokenizer)
+
+
+def _chats(arguments: argparse.Namespace, data: Path) -> Peft:
+    """The very tokens that rankwise makes of the documents, and the very ones that it judges."""
+    import torch
+    import transformers
+    from train_speed import padded_batch
+
+    from rankwise.data.prepare import prepare
+    from rankwise.data.template import Template
+
+    template = Template(transformers.AutoTokenizer.from_pretrained(arguments.model))
+    examples = []
+    for part, most in (("train", arguments.documents), ("valid", arguments.judged)):
+        corpus = prepare(data / f"{part}.jsonl", template, LENGTH).corpus
+        rows = [corpus.document(i) for i in range(min(len(corpus), most))]
+        examples.append(
+            [
+                {
+                    "input_ids": tokens.tolist(),
+                    "labels": [int(token) if own else -100 for token, own in zip(tokens, mask, strict=True)],
+                    "length": len(tokens),
+                }
+                for tokens, mask in rows
+            ]
+        )
+    model = transformers.AutoModelForCausalLM.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
+    return model, *examples, lambda batch: padded_batch(batch, [])
 
 
 def main() -> None:
@@ -182,15 +254,15 @@ def main() -> None:
     parser.add_argument("--judged", type=int, default=500, help="documents to choose by, and as many to confirm on")
     parser.add_argument("--epochs", type=float, default=3.0)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--batch", type=int, default=32, help="documents a step")
+    parser.add_argument("--dtype", default="auto", help="of the search and its grid; PEFT is timed in two")
     parser.add_argument("--budget", default="standard")
+    parser.add_argument("--only", choices=("time", "regret"))
     parser.add_argument("--peft", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--dtype", default="float32", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.peft is not None:
         print(json.dumps(run_peft(arguments, arguments.peft)))
         return
-    from rankwise.jobs.machine import processor_name
-
     found = []
     for data in arguments.data:
         with tempfile.TemporaryDirectory() as folder:
@@ -198,11 +270,9 @@ def main() -> None:
         print(
             json.dumps({key: value for key, value in found[-1].items() if key != "grid"}), file=sys.stderr, flush=True
         )
-    machine = {"processor": processor_name(), "cores": os.cpu_count(), "python": platform.python_version()}
-    names = ("rankwise", "torch", "transformers", "peft")
     told = {"model": Path(arguments.model).name, "task": arguments.task, "budget": arguments.budget}
-    told |= {name: getattr(arguments, name) for name in ("documents", "judged", "epochs", "lr")}
-    print(json.dumps(told | {"machine": machine | {name: version(name) for name in names}, "every": found}, indent=2))
+    told |= {name: getattr(arguments, name) for name in ("documents", "judged", "epochs", "lr", "batch", "dtype")}
+    print(json.dumps(told | {"machine": machine("peft"), "every": found}, indent=2))
 
 
 if __name__ == "__main__":

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import shutil
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from where import machine
 
 COMMANDS = {
     "python": [sys.executable, "-c", "pass"],
@@ -50,7 +50,7 @@ def main() -> None:
                 "import_without_python": median["import"] - median["python"],
                 "torch_loaded_by_import": loaded.stdout.strip() == "True",
                 "rounds": len(rounds),
-                "machine": {"cores": os.cpu_count(), "python": platform.python_version()},
+                "machine": machine(),
             },
             indent=2,
         )

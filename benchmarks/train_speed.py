@@ -21,15 +21,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from where import machine
 
 from rankwise.kernels.heap import without_thread_cache
 
@@ -278,12 +278,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         "model": Path(arguments.model).name,
         "data": Path(arguments.data).parent.name,
         **documents,
-        "machine": {
-            "processor": processor(),
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("rankwise", "torch", "transformers", "peft")},
-        },
+        "machine": machine("peft"),
         "rounds": arguments.rounds,
         "tokens_per_second": speed | {"products_with_adapters": with_adapters},
         "peak_gb": {side: bytes_ / 1e9 for side, bytes_ in peak.items()},
@@ -306,12 +301,6 @@ def peak_memory() -> int:
     from rankwise.jobs.machine import peak_memory_bytes
 
     return peak_memory_bytes()
-
-
-def processor() -> str:
-    from rankwise.jobs.machine import processor_name
-
-    return processor_name()
 
 
 def main() -> None:
