@@ -56,7 +56,7 @@ def compare(arguments: argparse.Namespace, data: Path, place: Path) -> dict[str,
     from rankwise.jobs.watch import Quiet
 
     place.mkdir()
-    asked = SearchRequest(budget=arguments.budget, ranks=RANKS, until="confirm")
+    asked = SearchRequest(budget=arguments.budget, ranks=RANKS, allocate=arguments.allocate, until="confirm")
     began = time.perf_counter()
     found = run_search(asked, request(arguments, data, place / "search"), Quiet())
     seconds = time.perf_counter() - began
@@ -66,15 +66,29 @@ def compare(arguments: argparse.Namespace, data: Path, place: Path) -> dict[str,
         "recommendation": {key: told[key] for key in ("kind", "rank", "lr", "targets", "sentence")},
         "runs": found["cost"]["runs"],
         "noise": {key: found["noise"][key] for key in ("deviation", "detectable", "tolerance")},
+        **{key: found.get(key) for key in ("truncation", "nested", "allocation")},
     }
     if arguments.only != "regret":
         peft = {dtype: _peft(arguments, data, dtype) for dtype in ("float32", "bfloat16")}
         one_by_one = min(peft.values()) * len(RANKS) * len(POWERS)
-        answer["seconds"] = {"search": seconds, "one run, PEFT": peft, "grid, PEFT": one_by_one}
-        answer["ratio_to_grid"] = seconds / one_by_one
+        alone = _alone(arguments, data, place / "alone")
+        answer["seconds"] = {"search": seconds, "one run": alone, "one run, PEFT": peft, "grid, PEFT": one_by_one}
+        answer |= {"ratio_to_grid": seconds / one_by_one, "ratio_to_one_run": seconds / alone}
     if arguments.only != "time":
         answer |= _against_grid(arguments, data, place / "grid", told)
     return answer
+
+
+def _alone(arguments: argparse.Namespace, data: Path, out: Path) -> float:
+    """Seconds of one run of full length, judged like those of the search."""
+    from rankwise.jobs.search import SearchRequest, opened
+    from rankwise.jobs.watch import Quiet
+
+    out.mkdir()
+    with opened(SearchRequest(), request(arguments, data, out), Quiet()) as (advisor, _, _):
+        began = time.perf_counter()
+        advisor.trials.made("grid", [advisor.candidate()], [0], 1.0)
+        return time.perf_counter() - began
 
 
 def _against_grid(arguments: argparse.Namespace, data: Path, out: Path, told: dict[str, Any]) -> dict[str, Any]:
@@ -257,6 +271,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, help="documents a step")
     parser.add_argument("--dtype", default="auto", help="of the search and its grid; PEFT is timed in two")
     parser.add_argument("--budget", default="standard")
+    parser.add_argument("--allocate", choices=("activations", "gradients"))
     parser.add_argument("--only", choices=("time", "regret"))
     parser.add_argument("--peft", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -29,7 +29,7 @@ def measure_noise(case: Case) -> None:
     case.record["noise"] = {
         "name": own.name,
         "rank": own.spec.rank,
-        "share": budget.noise_share,
+        "share": case.trials.taken(budget.noise_share),
         "losses": [float(row.sum() / items.sum()) for row in losses],
         "deviation": case.noise.variance**0.5,
         "detectable": apart.detectable,

@@ -38,7 +38,7 @@ def find_rate(case: Case) -> None:
             {"lr": lr, "status": status, **own.told(), "kept": lr in alive}
             for lr, own, status in zip(rung.rates, rung.standing, rung.statuses, strict=True)
         ]
-        rungs.append({"share": share, "points": points})
+        rungs.append({"share": case.trials.taken(share), "points": points})
     near = [own.enough or own.verdict == "cannot tell" for own in rung.standing]
     alike = [lr for lr, close in zip(rung.rates, near, strict=True) if close]
     case.run = case.run.model_copy(update={"lr": rung.rates[rung.best]})

@@ -72,6 +72,10 @@ class Trials:
         """Of a part of a full run; in fewer than a few steps nothing is learnt that says anything."""
         return min(self.loop.max_steps, max(_LEAST, round(share * self.loop.max_steps)))
 
+    def taken(self, share: float) -> float:
+        """What of a full run is made where `share` of it is asked for."""
+        return self.steps(share) / self.loop.max_steps
+
     def made(self, step: str, candidates: Sequence[Candidate], seeds: Iterable[int], share: float) -> list[list[Found]]:
         """What each candidate gave with each seed (counted from that of the loop), `[candidates][seeds]`."""
         seeds, steps = list(seeds), self.steps(share)
@@ -83,7 +87,7 @@ class Trials:
             for at in range(0, len(trials), self.pack)
         )
         for trial in (trial for row in table for trial in row):
-            self.asked[trial.key] = steps / self.loop.max_steps
+            self.asked[trial.key] = self.taken(share)
         found = [[self.study.find(trial) for trial in row] for row in table]
         return [[one for one in row if one is not None] for row in found]
 

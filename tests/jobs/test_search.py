@@ -50,6 +50,8 @@ def test_every_question_is_answered_and_written_down(found):
     assert written["rate"]["best"] in [point["lr"] for point in written["rate"]["rungs"][-1]["points"]]
     assert [point["name"] for point in written["methods"]["points"]] == ["form=dora"]
     assert written["confirm"]["seeds"] == 3
+    steps = [rung["share"] * found["full_run"]["steps"] for rung in written["rate"]["rungs"]]
+    assert steps == pytest.approx([10, 12])  # an eighth would be 6: too few to tell rates apart
     assert Path(found["report"]).exists()
 
 
@@ -129,7 +131,7 @@ class Killer(Listener):
         return Stage()
 
 
-@pytest.mark.parametrize("step", ["rate", "ladder", "confirm"])
+@pytest.mark.parametrize("step", ["rate", "ladder", "confirm", "ship"])
 def test_killed_and_resumed_it_ends_with_the_same_answers(world, rows, tmp_path, found, step):
     with pytest.raises(Interrupted) as heard:
         searched(world, rows, tmp_path / "s", Killer(step), also=("form=dora",))
@@ -163,7 +165,8 @@ def test_without_files_to_judge_by_a_quarter_is_held_back_in_halves(world, rows,
 
 def test_ranks_by_layer_are_tried_where_they_are_asked_for_and_stand_in_the_command(world, rows, tmp_path):
     settings = {"rank": 4, "max_steps": 16}
-    found = searched(world, rows, tmp_path / "s", allocate="gradients", budget="express", ranks="4", train=settings)
+    same = {"budget": "express", "ranks": "4", "train": settings}
+    found = searched(world, rows, tmp_path / "s", allocate="gradients", **same)
     told, pattern = found["allocation"], found["recommendation"]["rank_pattern"]
     assert "--allocate gradients" in found["command"]
     assert told["sentence"] in found["recommendation"]["sentence"]
@@ -171,6 +174,11 @@ def test_ranks_by_layer_are_tried_where_they_are_asked_for_and_stand_in_the_comm
     words = found["recommendation"]["command"].split()
     assert words.count("--rank-pattern") == len(pattern)
     assert [trial["step"] for trial in found["trials"]].count("allocation") == (5 if told["points"] else 0)
+    with pytest.raises(Interrupted):
+        searched(world, rows, tmp_path / "t", Killer("allocation"), allocate="gradients", **same)
+    same["train"] = settings | {"resume": True}
+    again = searched(world, rows, tmp_path / "t", allocate="gradients", **same)
+    assert (again["allocation"], again["ship"]) == (told, found["ship"])
 
 
 def test_the_command_of_ranks_by_layer_trains_that_very_adapter(world, rows, tmp_path):
