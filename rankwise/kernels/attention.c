@@ -32,11 +32,6 @@ typedef struct {
     i64 start, length, before; /* before: tokens of the segments that it continues */
 } Segment;
 
-typedef struct {
-    const bf16 *data;
-    i64 step;
-} Rows;
-
 static const bf16 *at(Heads x, i64 token, i64 head) { return x.data + token * x.token + head * x.head; }
 
 /* Block sizes: multiples of the 6-row tile, scores fit the first cache. */
@@ -75,7 +70,7 @@ static Rows seen_rows(const Layout *l, Heads x, i64 i, Segment own, i64 head, bf
 /* Turns the scores of one query into weights exp(scale · (score - max)), zero for the keys outside first … end-1;
  * from … to is the range that is stored.  Gives the row's log-sum-exp and the inverse of the sum, by which the result
  * is divided. */
-static void softmax_row(const float *scores, bf16 *weights, i64 from, i64 to, i64 first, i64 end, float scale,
+static void softmax_row(const float *scores, number *weights, i64 from, i64 to, i64 first, i64 end, float scale,
                         float *lse, float *inverse) {
     i64 begin = first / LANES * LANES;
     __m512 high = all(-INFINITY), sum = _mm512_setzero_ps();
@@ -84,15 +79,15 @@ static void softmax_row(const float *scores, bf16 *weights, i64 from, i64 to, i6
         high = _mm512_mask_max_ps(high, seen, high, _mm512_loadu_ps(scores + j));
     }
     float most = _mm512_reduce_max_ps(high), turns = scale * LOG2_E;
-    for (i64 j = from; j < begin; j += LANES) store_zero(weights + j);
+    for (i64 j = from; j < begin; j += LANES) put_zero(weights + j);
     for (i64 j = begin; j < end; j += LANES) {
         __mmask16 seen = lanes_left(j, end) & (j >= first ? 0xffff : (__mmask16)(0xffff << (first - j)));
         __m512 s = _mm512_fmsub_ps(_mm512_loadu_ps(scores + j), all(turns), all(most * turns));
         s = _mm512_maskz_mov_ps(seen, power_of_two(s));
         sum = _mm512_add_ps(sum, s);
-        store(weights + j, s);
+        put(weights + j, s);
     }
-    for (i64 j = ROUND_UP(end, LANES); j < to; j += LANES) store_zero(weights + j);
+    for (i64 j = ROUND_UP(end, LANES); j < to; j += LANES) put_zero(weights + j);
     float total = _mm512_reduce_add_ps(sum);
     *lse = most * scale + logf(total);
     *inverse = 1.0f / total;
@@ -100,54 +95,60 @@ static void softmax_row(const float *scores, bf16 *weights, i64 from, i64 to, i6
 
 /* What one task works in; every array is a slice of the thread's scratch. */
 typedef struct {
-    uint32_t *keys, *values; /* pairs of features [width / 2, T], of tokens [T / 2, width] */
-    float *scores, *sums;    /* [QUERIES, T], [QUERIES, width] */
-    bf16 *weights, *gathered; /* [QUERIES, T], [T, width] */
+    uint32_t *keys, *values;   /* words of features [width / PAIR, T], of tokens [T / PAIR, width] */
+    float *scores, *sums;      /* [QUERIES, T], [QUERIES, width] */
+    number *weights, *queries; /* [QUERIES, T], [QUERIES, width] */
+    bf16 *gathered;            /* [T, width] */
 } Desk;
 
 static i64 desk_bytes(i64 padded, i64 width) {
-    return ROUND_UP(4 * padded * width + 6 * QUERIES * padded + 4 * QUERIES * width + 2 * padded * width, 64);
+    i64 words = 2 / PAIR * padded * width, floats = QUERIES * (padded + width), numbers = floats;
+    return ROUND_UP(4 * words + 4 * floats + (i64)sizeof(number) * numbers + 2 * padded * width, 64);
 }
 
 static Desk desk_at(char *scratch, i64 padded, i64 width) {
     Desk d;
     d.keys = (uint32_t *)scratch;
-    d.values = d.keys + width / 2 * padded;
-    d.scores = (float *)(d.values + padded / 2 * width);
+    d.values = d.keys + width / PAIR * padded;
+    d.scores = (float *)(d.values + padded / PAIR * width);
     d.sums = d.scores + QUERIES * padded;
-    d.weights = (bf16 *)(d.sums + QUERIES * width);
-    d.gathered = d.weights + QUERIES * padded;
+    d.weights = (number *)(d.sums + QUERIES * width);
+    d.queries = d.weights + QUERIES * padded;
+    d.gathered = (bf16 *)(d.queries + QUERIES * width);
     return d;
 }
 
 static void forward_task(const Layout *l, Desk d, Heads q, Heads k, Heads v, bf16 *out, float *lse, i64 i, i64 head) {
     Segment own = segment_at(l, i);
     i64 whole = own.before + own.length, padded = ROUND_UP(whole, LANES), width = l->width, group = head / (l->heads / l->groups);
+    unsigned before = without_denormals();
     Rows keys = seen_rows(l, k, i, own, group, d.gathered);
-    pairs_of_features(keys.data, keys.step, whole, padded, width, d.keys);
+    words_of_features(keys.data, keys.step, whole, padded, width, d.keys);
     Rows values = seen_rows(l, v, i, own, group, d.gathered);
-    pairs_of_tokens(values.data, values.step, whole, padded, width, d.values);
+    words_of_tokens(values.data, values.step, whole, padded, width, d.values);
     for (i64 t = 0; t < own.length; t += QUERIES) {
         i64 rows = own.length - t < QUERIES ? own.length - t : QUERIES, place = own.before + t;
         i64 to = ROUND_UP(l->causal ? place + rows : whole, LANES);
         i64 from = l->window > 0 && place + 1 > l->window ? (place + 1 - l->window) / LANES * LANES : 0;
         float inverse[QUERIES];
-        product(at(q, own.start + t, head), q.token, d.keys + from, padded, width / 2, d.scores + from, padded, rows,
-                to - from, 0);
+        Left queries = left_of((Rows){at(q, own.start + t, head), q.token}, rows, width, d.queries);
+        product(queries.data, queries.step, d.keys + from, padded, width / PAIR, d.scores + from, padded, rows, to - from, 0);
         for (i64 r = 0; r < rows; r++) {
             i64 end = l->causal ? place + r + 1 : whole, first = l->window > 0 && end > l->window ? end - l->window : 0;
             softmax_row(d.scores + r * padded, d.weights + r * padded, from, to, first, end, l->scale,
                         lse + head * l->tokens + own.start + t + r, inverse + r);
         }
-        product(d.weights + from, padded, d.values + from / 2 * width, width, (to - from) / 2, d.sums, width, rows, width, 0);
+        product(d.weights + from, padded, d.values + from / PAIR * width, width, (to - from) / PAIR, d.sums, width, rows,
+                width, 0);
         for (i64 r = 0; r < rows; r++)
             for (i64 c = 0; c < width; c += LANES)
                 store(out + ((own.start + t + r) * l->heads + head) * width + c,
                       _mm512_mul_ps(_mm512_loadu_ps(d.sums + r * width + c), all(inverse[r])));
     }
+    _mm_setcsr(before);
 }
 
-int attention_forward(Heads q, Heads k, Heads v, bf16 *out, float *lse, Layout l) {
+int WAY(attention_forward)(Heads q, Heads k, Heads v, bf16 *out, float *lse, Layout l) {
     i64 borrowed, padded = longest(&l, &borrowed), size = desk_bytes(padded, l.width);
     char *scratch = aligned_alloc(64, size * omp_get_max_threads());
     if (!scratch) return 1;
@@ -161,35 +162,38 @@ int attention_forward(Heads q, Heads k, Heads v, bf16 *out, float *lse, Layout l
 
 /* What one backward task works in. */
 typedef struct {
-    uint32_t *query_features, *grad_features, *query_tokens, *grad_tokens, *score_pairs;
+    uint32_t *query_features, *grad_features, *query_tokens, *grad_tokens, *score_words;
     float *grad_query, *scores, *grad_weights, *row_dot, *grad_keys, *grad_values;
-    bf16 *weights, *grad_scores, *keys_across, *gathered_keys, *gathered_values;
+    number *weights, *grad_scores, *keys_across, *keys, *values; /* the last two: a block's, widened */
+    bf16 *gathered_keys, *gathered_values;
 } Room;
 
 static i64 room_bytes(i64 padded, i64 width) {
-    i64 words = 2 * padded * width + KEYS / 2 * COLUMNS;
+    i64 words = 4 / PAIR * padded * width + KEYS / PAIR * COLUMNS;
     i64 floats = width * padded + 2 * KEYS * COLUMNS + padded + 2 * KEYS * width;
-    i64 halves = 2 * KEYS * COLUMNS + width * ROUND_UP(padded, KEYS) + 2 * padded * width;
-    return ROUND_UP(4 * words + 4 * floats + 2 * halves, 64);
+    i64 numbers = 2 * KEYS * COLUMNS + width * ROUND_UP(padded, KEYS) + 2 * KEYS * width;
+    return ROUND_UP(4 * words + 4 * floats + (i64)sizeof(number) * numbers + 4 * padded * width, 64);
 }
 
 static Room room_at(char *scratch, i64 padded, i64 width) {
     Room r;
     r.query_features = (uint32_t *)scratch;
-    r.grad_features = r.query_features + width / 2 * padded;
-    r.query_tokens = r.grad_features + width / 2 * padded;
-    r.grad_tokens = r.query_tokens + padded / 2 * width;
-    r.score_pairs = r.grad_tokens + padded / 2 * width;
-    r.grad_query = (float *)(r.score_pairs + KEYS / 2 * COLUMNS);
+    r.grad_features = r.query_features + width / PAIR * padded;
+    r.query_tokens = r.grad_features + width / PAIR * padded;
+    r.grad_tokens = r.query_tokens + padded / PAIR * width;
+    r.score_words = r.grad_tokens + padded / PAIR * width;
+    r.grad_query = (float *)(r.score_words + KEYS / PAIR * COLUMNS);
     r.scores = r.grad_query + width * padded;
     r.grad_weights = r.scores + KEYS * COLUMNS;
     r.row_dot = r.grad_weights + KEYS * COLUMNS;
     r.grad_keys = r.row_dot + padded;
     r.grad_values = r.grad_keys + KEYS * width;
-    r.weights = (bf16 *)(r.grad_values + KEYS * width);
+    r.weights = (number *)(r.grad_values + KEYS * width);
     r.grad_scores = r.weights + KEYS * COLUMNS;
     r.keys_across = r.grad_scores + KEYS * COLUMNS;
-    r.gathered_keys = r.keys_across + width * ROUND_UP(padded, KEYS);
+    r.keys = r.keys_across + width * ROUND_UP(padded, KEYS);
+    r.values = r.keys + KEYS * width;
+    r.gathered_keys = (bf16 *)(r.values + KEYS * width);
     r.gathered_values = r.gathered_keys + padded * width;
     return r;
 }
@@ -197,8 +201,11 @@ static Room room_at(char *scratch, i64 padded, i64 width) {
 /* Kᵀ[width, T], rows ROUND_UP(padded, KEYS) apart and zero past the last key: the left side of dQᵀ = Kᵀ · dSᵀ. */
 static void lay_keys_across(Room r, Rows k, i64 whole, i64 padded, i64 width) {
     i64 row = ROUND_UP(padded, KEYS);
+#ifdef WIDE
+    words_of_features(k.data, k.step, whole, row, width, (uint32_t *)r.keys_across);
+#else
     uint32_t *words = (uint32_t *)r.grad_query; /* free until the sums begin */
-    pairs_of_features(k.data, k.step, whole, padded, width, words);
+    words_of_features(k.data, k.step, whole, padded, width, words);
     for (i64 d = 0; d < width; d += 2) {
         bf16 *even = r.keys_across + d * row, *odd = even + row;
         for (i64 t = 0; t < padded; t += LANES) {
@@ -209,6 +216,7 @@ static void lay_keys_across(Room r, Rows k, i64 whole, i64 padded, i64 width) {
         memset(even + padded, 0, 2 * (row - padded));
         memset(odd + padded, 0, 2 * (row - padded));
     }
+#endif
 }
 
 /* Scores and their gradient of one block, keys down and queries across: Pᵀ and dSᵀ = Pᵀ ∘ (dPᵀ - row_dot) · scale.
@@ -222,19 +230,19 @@ static void grad_block(const Layout *l, Room r, Segment own, i64 key, i64 keys, 
             __mmask16 seen = t >= end ? 0 : lanes_left(t, end);
             if (t < first) seen &= first - t >= LANES ? 0 : (__mmask16)(0xffff << (first - t));
             if (!seen) {
-                store_zero(r.weights + at_);
-                store_zero(r.grad_scores + at_);
+                put_zero(r.weights + at_);
+                put_zero(r.grad_scores + at_);
                 continue;
             }
             __m512 offset = _mm512_mul_ps(_mm512_maskz_loadu_ps(seen, lse + t), all(LOG2_E));
             __m512 s = _mm512_fmsub_ps(_mm512_loadu_ps(r.scores + at_), all(l->scale * LOG2_E), offset);
             __m512 p = _mm512_maskz_mov_ps(seen, power_of_two(s));
             __m512 d = _mm512_sub_ps(_mm512_loadu_ps(r.grad_weights + at_), _mm512_loadu_ps(r.row_dot + t));
-            store(r.weights + at_, p);
-            store(r.grad_scores + at_, _mm512_maskz_mul_ps(seen, _mm512_mul_ps(p, d), all(l->scale)));
+            put(r.weights + at_, p);
+            put(r.grad_scores + at_, _mm512_maskz_mul_ps(seen, _mm512_mul_ps(p, d), all(l->scale)));
         }
     }
-    pairs_of_tokens(r.grad_scores, COLUMNS, keys, keys, COLUMNS, r.score_pairs);
+    words_of_left(r.grad_scores, keys, COLUMNS, r.score_words);
 }
 
 /* Σ over the features of grad ∘ out, for each query: what the softmax takes off every score's gradient. */
@@ -266,7 +274,7 @@ typedef struct {
 } Sums;
 
 /* Keys t … t+keys-1 of all that the segment sees, against every query that sees them. */
-static void backward_keys(const Layout *l, Room r, Segment own, Rows key, Rows value, i64 t, i64 keys, i64 padded,
+static void backward_keys(const Layout *l, Room r, Segment own, Left key, Left value, i64 t, i64 keys, i64 padded,
                           const float *lse) {
     i64 width = l->width, across = ROUND_UP(ROUND_UP(own.before + own.length, LANES), KEYS), last = own.length;
     i64 columns_padded = padded, first = l->causal && t > own.before ? (t - own.before) / LANES * LANES : 0;
@@ -275,16 +283,16 @@ static void backward_keys(const Layout *l, Room r, Segment own, Rows key, Rows v
     memset(r.grad_values, 0, 4 * KEYS * width);
     for (i64 c = first; c < last; c += COLUMNS) {
         i64 columns = ROUND_UP(last - c < COLUMNS ? last - c : COLUMNS, LANES);
-        product(key.data + t * key.step, key.step, r.query_features + c, columns_padded, width / 2, r.scores, COLUMNS, keys,
+        product(key.data, key.step, r.query_features + c, columns_padded, width / PAIR, r.scores, COLUMNS, keys, columns, 0);
+        product(value.data, value.step, r.grad_features + c, columns_padded, width / PAIR, r.grad_weights, COLUMNS, keys,
                 columns, 0);
-        product(value.data + t * value.step, value.step, r.grad_features + c, columns_padded, width / 2, r.grad_weights,
-                COLUMNS, keys, columns, 0);
         grad_block(l, r, own, t, keys, c, columns, lse);
-        product(r.weights, COLUMNS, r.grad_tokens + c / 2 * width, width, columns / 2, r.grad_values, width, keys, width, 1);
-        product(r.grad_scores, COLUMNS, r.query_tokens + c / 2 * width, width, columns / 2, r.grad_keys, width, keys,
+        product(r.weights, COLUMNS, r.grad_tokens + c / PAIR * width, width, columns / PAIR, r.grad_values, width, keys,
                 width, 1);
-        product(r.keys_across + t, across, r.score_pairs, COLUMNS, (keys + 1) / 2, r.grad_query + c, columns_padded, width,
-                columns, 1);
+        product(r.grad_scores, COLUMNS, r.query_tokens + c / PAIR * width, width, columns / PAIR, r.grad_keys, width, keys,
+                width, 1);
+        product(r.keys_across + t, across, r.score_words, COLUMNS, (keys + PAIR - 1) / PAIR, r.grad_query + c, columns_padded,
+                width, columns, 1);
     }
 }
 
@@ -293,18 +301,21 @@ static void backward_task(const Layout *l, Room r, Heads q, Heads k, Heads v, co
     Segment own = segment_at(l, i);
     i64 whole = own.before + own.length, padded = ROUND_UP(own.length, LANES), row = l->heads * l->width, width = l->width;
     i64 group = head / (l->heads / l->groups);
+    unsigned before = without_denormals();
     const bf16 *query = at(q, own.start, head), *upper = at(grad, own.start, head);
     Rows key = seen_rows(l, k, i, own, group, r.gathered_keys), value = seen_rows(l, v, i, own, group, r.gathered_values);
-    pairs_of_features(query, q.token, own.length, padded, width, r.query_features);
-    pairs_of_features(upper, grad.token, own.length, padded, width, r.grad_features);
-    pairs_of_tokens(query, q.token, own.length, padded, width, r.query_tokens);
-    pairs_of_tokens(upper, grad.token, own.length, padded, width, r.grad_tokens);
+    words_of_features(query, q.token, own.length, padded, width, r.query_features);
+    words_of_features(upper, grad.token, own.length, padded, width, r.grad_features);
+    words_of_tokens(query, q.token, own.length, padded, width, r.query_tokens);
+    words_of_tokens(upper, grad.token, own.length, padded, width, r.grad_tokens);
     lay_keys_across(r, key, whole, ROUND_UP(whole, LANES), width);
     lay_row_dots(r, upper, grad.token, out + own.start * row + head * width, row, own.length, width);
     memset(r.grad_query, 0, 4 * width * padded);
     for (i64 t = 0; t < whole; t += KEYS) {
         i64 keys = whole - t < KEYS ? whole - t : KEYS;
-        backward_keys(l, r, own, key, value, t, keys, padded, lse + head * l->tokens + own.start);
+        Left some_keys = left_of((Rows){key.data + t * key.step, key.step}, keys, width, r.keys);
+        Left some_values = left_of((Rows){value.data + t * value.step, value.step}, keys, width, r.values);
+        backward_keys(l, r, own, some_keys, some_values, t, keys, padded, lse + head * l->tokens + own.start);
         for (i64 j = 0; j < keys; j++) {
             i64 place = t + j < own.before ? l->tokens + borrowed + t + j : own.start + t + j - own.before;
             memcpy(sums.k + place * row + head * width, r.grad_keys + j * width, 4 * width);
@@ -312,6 +323,7 @@ static void backward_task(const Layout *l, Room r, Heads q, Heads k, Heads v, co
         }
     }
     give_grad_query(l, r, own, padded, head, grad_q);
+    _mm_setcsr(before);
 }
 
 /* The gradient of one token's keys and values: over the query heads of each group, and over the segments that borrowed
@@ -338,7 +350,7 @@ static void add_up_token(const Layout *l, Sums sums, const i64 *borrowed, i64 i,
 }
 
 /* grad_q, grad_k, grad_v are dense, [tokens, heads | groups, width]. */
-int attention_backward(Heads q, Heads k, Heads v, const bf16 *out, const float *lse, Heads grad, bf16 *grad_q,
+int WAY(attention_backward)(Heads q, Heads k, Heads v, const bf16 *out, const float *lse, Heads grad, bf16 *grad_q,
                        bf16 *grad_k, bf16 *grad_v, Layout l) {
     i64 more, padded = longest(&l, &more), size = room_bytes(padded, l.width);
     size_t each = (size_t)4 * (l.tokens + more) * l.heads * l.width;

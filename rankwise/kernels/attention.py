@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankwise.kernels.library import Heads, Layout, native, serves
+from rankwise.kernels.library import Heads, Layout, product, serves
 from rankwise.kernels.sizes import LANES
 
 
@@ -152,7 +152,7 @@ class _NativeAttention(torch.autograd.Function):
         log_sums = q.new_empty((heads, tokens), dtype=torch.float32)
         ctx.save_for_backward(q, k, v, out, log_sums)
         ctx.spans, ctx.scale, ctx.window, ctx.causal = spans, scale, window, causal
-        failed = native().attention_forward(  # type: ignore[union-attr]
+        failed = product("attention_forward")(
             Heads.of(q), Heads.of(k), Heads.of(v), out.data_ptr(), log_sums.data_ptr(), _layout(ctx, q, k)
         )
         _check(failed, q)
@@ -163,7 +163,7 @@ class _NativeAttention(torch.autograd.Function):
         q, k, v, out, log_sums = ctx.saved_tensors
         grad = grads[0] if grads[0].stride(2) == 1 else grads[0].contiguous()
         grad_q, grad_k, grad_v = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-        failed = native().attention_backward(  # type: ignore[union-attr]
+        failed = product("attention_backward")(
             *(Heads.of(x) for x in (q, k, v)),
             out.data_ptr(),
             log_sums.data_ptr(),

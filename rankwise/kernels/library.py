@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import os
 from ctypes import POINTER, c_float, c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -123,9 +125,19 @@ class DecoderOf(ctypes.Structure):
     ]
 
 
-_FUNCTIONS = {
+WORDS = ("pairs", "wide")  # words.h: what the products of training are computed in
+
+_PRODUCTS = {
     "attention_forward": (c_int, [Heads, Heads, Heads, Pointer, Pointer, Layout]),
     "attention_backward": (c_int, [Heads, Heads, Heads, Pointer, Pointer, Heads, *[Pointer] * 3, Layout]),
+    "lowrank_forward": (c_int, [TensorRows, Matrix, Pointer, POINTER(LowRankPart), Int, Pointer, Int, Int, Int]),
+    "lowrank_backward": (
+        c_int,
+        [TensorRows, TensorRows, Pointer, Matrix, Pointer, POINTER(LowRankPart), Int, Pointer, Int, Int, Int],
+    ),
+}  # each there once for either kind of words
+
+_FUNCTIONS = {
     "norm_forward": (None, [*[Pointer] * 4, Int, Int, Float, Float]),
     "norm_backward": (None, [*[Pointer] * 5, Int, Int, Float]),
     "gain_forward": (None, [*[Pointer] * 3, Int, Int]),
@@ -134,15 +146,12 @@ _FUNCTIONS = {
     "gate_backward": (None, [*[Pointer] * 5, Int, Int]),
     "rotary": (None, [*[Pointer] * 4, POINTER(c_int64), POINTER(c_int64), *[Int] * 6]),
     "cross_entropy": (None, [*[Pointer] * 4, Int, Int, Int]),
-    "lowrank_forward": (c_int, [TensorRows, Matrix, Pointer, POINTER(LowRankPart), Int, Pointer, Int, Int, Int]),
-    "lowrank_backward": (
-        c_int,
-        [TensorRows, TensorRows, Pointer, Matrix, Pointer, POINTER(LowRankPart), Int, Pointer, Int, Int, Int],
-    ),
     "grouped_product": (c_int, [POINTER(SiteOf), *[Pointer] * 3, Int, c_int]),
     "cached_attention": (c_int, [POINTER(Past), Heads, Heads, Heads, *[Pointer] * 3, Int, Int, Int, c_int]),
     "decoder_step": (c_int, [POINTER(DecoderOf), POINTER(Past), Pointer, Int, *[Pointer] * 3, c_int]),
     "rankwise_supported": (c_int, []),
+    "rankwise_widens": (c_int, []),
+    **{f"{name}_{words}": types for name, types in _PRODUCTS.items() for words in WORDS},
 }
 
 
@@ -182,6 +191,22 @@ def native() -> ctypes.CDLL | None:
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
     return library
+
+
+def product(name: str) -> Any:
+    """A product of training, such as "lowrank_forward", in the words that are faster on this processor.
+
+    The processor's maker decides and no measurement, so that a resumed run goes on to the last bit.  The variable
+    RANKWISE_WORDS, "pairs" or "wide", decides otherwise.
+
+    Raises:
+        ValueError: RANKWISE_WORDS is something else.
+    """
+    library = native()
+    words = os.environ.get("RANKWISE_WORDS") or WORDS[library.rankwise_widens()]  # type: ignore[union-attr]
+    if words not in WORDS:
+        raise ValueError(f"RANKWISE_WORDS is {words!r}; it can be {' or '.join(WORDS)}")
+    return getattr(library, f"{name}_{words}")
 
 
 def serves(*tensors: torch.Tensor) -> bool:

@@ -3,9 +3,8 @@
  *   y = gain ∘ (x·Wᵀ + drop(x)·Aᵀ·(s·B)ᵀ) + bias         W [outputs, inputs], A [rank, inputs], B [outputs, rank]
  *
  * bfloat16 in and out, float32 sums, factors as float32 masters.  W is laid out anew for every call, in panels of 64
- * columns and in pairs along the sum, as `vdpbf16ps` wants it; beside hundreds of rows that costs about a hundredth of
- * the product.  A tile of the result is begun with the low-rank part and goes on with the large one, so an adapter adds
- * no pass over y and none over dx.  Each thread takes a range of rows, in blocks that fit its cache: whatever a block is
+ * columns; beside hundreds of rows that costs a few hundredths of the product.  A tile of the result is begun with the
+ * low-rank part and goes on with the large one, so an adapter adds no pass over y and none over dx.  Each thread takes a range of rows, in blocks that fit its cache: whatever a block is
  * needed for (shrink, large product, gradients of A and B) is done while it is there.
  *
  * Both functions return 0, or 1 where memory was not to be had.  Sums over rows depend on the number of threads alone.
@@ -15,7 +14,8 @@
 
 #include "panel.h"
 
-enum { BLOCK = 96, LAID_OUT = 8 << 20 /* bytes of W at a time */ };
+/* Rows of a block, and bytes of W that are laid out at a time.  Wide words take twice the room in the second cache. */
+enum { BLOCK = PAIR == 2 ? 96 : 48, LAID_OUT = PAIR == 2 ? 8 << 20 : 1 << 19 };
 
 /* Rows start … stop-1 go through one adapter, or, with rank 0, through the base alone.  lowrank.py has the same. */
 typedef struct {
@@ -45,11 +45,11 @@ typedef struct {
 /* What a thread works in. */
 typedef struct {
     float *sums;     /* [BLOCK, most] */
-    uint32_t *words; /* [BLOCK / 2, most] */
+    uint32_t *words; /* [BLOCK / PAIR, most] */
     bf16 *factor;    /* [PANEL, most], a slice of a factor */
-    bf16 *dropped;   /* [BLOCK, inputs], x after dropout */
     bf16 *decoded;   /* [PANEL, sum], a panel of W out of its codes */
-    bf16 *gained;    /* [BLOCK, outputs], a gradient under a gain */
+    number *x, *dropped, *grad, *low; /* left sides that do not lie ready: [BLOCK, inputs] twice, [BLOCK, outputs], */
+                                      /* [BLOCK, most] */
 } Bench;
 
 static i64 greater(i64 a, i64 b) { return a > b ? a : b; }
@@ -79,23 +79,23 @@ static Rows slice_of_B(const Part *part, i64 from, i64 some, bf16 *to) {
     return rounded(part->B + from * part->rank, some, part->rank, part->rank, part->scale, to, PANEL, width(part->rank));
 }
 
-static uint32_t *thin_at(const Pass *p, i64 part) { return p->thin + part * p->most * sum_of(p) / 2; }
+static uint32_t *thin_at(const Pass *p, i64 part) { return p->thin + part * p->most * sum_of(p) / PAIR; }
 
 static uint32_t *low_panel_at(const Pass *p, i64 part, i64 place) {
-    return p->low_panels + (part * p->at_once + place) * PANEL * p->most / 2;
+    return p->low_panels + (part * p->at_once + place) * PANEL * p->most / PAIR;
 }
 
-/* The right sides of the shrinks: Aᵀ forward, s·B backward, words [sum / 2][width]. */
+/* The right sides of the shrinks: Aᵀ forward, s·B backward, words [sum / PAIR][width]. */
 static void lay_thin(const Pass *p, Bench bench) {
     i64 sum = sum_of(p), slices = (sum + PANEL - 1) / PANEL;
 #pragma omp for schedule(static)
     for (i64 task = 0; task < p->count * slices; task++) {
         const Part *part = p->parts + task / slices;
         i64 from = task % slices * PANEL, some = lesser(PANEL, sum - from), wide = width(part->rank);
-        uint32_t *out = thin_at(p, task / slices) + from / 2 * wide;
+        uint32_t *out = thin_at(p, task / slices) + from / PAIR * wide;
         if (!wide) continue;
-        if (p->grad.data) pairs_of_tokens(slice_of_B(part, from, some, bench.factor).data, wide, some, some, wide, out);
-        else pairs_of_features(slice_of_A(p, part, from, some, bench.factor).data, PANEL, wide, wide, some, out);
+        if (p->grad.data) words_of_tokens(slice_of_B(part, from, some, bench.factor).data, wide, some, some, wide, out);
+        else words_of_features(slice_of_A(p, part, from, some, bench.factor).data, PANEL, wide, wide, some, out);
     }
 }
 
@@ -105,7 +105,7 @@ static void lay_panels(const Pass *p, Bench bench, i64 first, i64 many) {
 #pragma omp for schedule(static)
     for (i64 place = 0; place < many; place++) {
         i64 from = (first + place) * PANEL, some = lesser(PANEL, columns_of(p) - from);
-        uint32_t *out = p->panels + place * PANEL * sum / 2;
+        uint32_t *out = p->panels + place * PANEL * sum / PAIR;
         if (p->weight.across == !p->grad.data)
             panel_of_columns(rectangle(&p->weight, 0, sum, from, some, bench.decoded), some, sum, out);
         else panel_of_rows(rectangle(&p->weight, from, some, 0, sum, bench.decoded), some, sum, out);
@@ -123,59 +123,53 @@ static void lay_panels(const Pass *p, Bench bench, i64 first, i64 many) {
 /* ── what a block is needed for beside the large product ──────────────────────────────────────────────────────── */
 
 /* x with the dropped elements zero. */
-static Rows dropped(Rows x, const uint8_t *keep, i64 rows, i64 columns, bf16 *to) {
+static Left dropped(Rows x, const uint8_t *keep, i64 rows, i64 columns, number *to) {
     for (i64 n = 0; n < rows; n++)
         for (i64 c = 0; c < columns; c += LANES) {
             __mmask16 some = lanes_left(c, columns);
             __m128i kept = _mm_maskz_loadu_epi8(some, keep + n * columns + c);
             __mmask16 stays = _mm_test_epi8_mask(kept, kept);
-            _mm256_mask_storeu_epi16(to + n * columns + c, some, _mm256_maskz_loadu_epi16(stays, x.data + n * x.step + c));
+            put_some(to + n * columns + c, _mm256_maskz_loadu_epi16(stays, x.data + n * x.step + c), some);
         }
-    return (Rows){to, columns};
+    return (Left){to, columns};
 }
 
 /* gain ∘ grad; with `sums`, adds Σ grad ∘ (y - bias) to them. */
-static Rows gained(const Pass *p, const float *gain, Rows grad, const bf16 *y, i64 rows, float *sums, bf16 *to) {
+static Left gained(const Pass *p, const float *gain, Rows grad, const bf16 *y, i64 rows, float *sums, number *to) {
     for (i64 n = 0; n < rows; n++)
         for (i64 c = 0; c < p->outputs; c += LANES) {
             __mmask16 some = lanes_left(c, p->outputs);
             __m512 g = load_some(grad.data + n * grad.step + c, some);
-            store_some(to + n * p->outputs + c, _mm512_mul_ps(g, _mm512_maskz_loadu_ps(some, gain + c)), some);
+            put_some(to + n * p->outputs + c, halved(_mm512_mul_ps(g, _mm512_maskz_loadu_ps(some, gain + c))), some);
             if (!sums) continue;
             __m512 value = load_some(y + n * p->outputs + c, some);
             if (p->bias) value = _mm512_sub_ps(value, _mm512_maskz_loadu_ps(some, p->bias + c));
             _mm512_mask_storeu_ps(sums + c, some, _mm512_fmadd_ps(g, value, _mm512_maskz_loadu_ps(some, sums + c)));
         }
-    return (Rows){to, p->outputs};
+    return (Left){to, p->outputs};
 }
 
 /* left·thin → bfloat16 [rows, wide]. */
-static void thin_product(Rows left, const uint32_t *thin, i64 sum, i64 rows, i64 wide, float *sums, bf16 *out) {
-    product(left.data, left.step, thin, wide, sum / 2, sums, wide, rows, wide, 0);
+static void thin_product(Left left, const uint32_t *thin, i64 sum, i64 rows, i64 wide, float *sums, bf16 *out) {
+    product(left.data, left.step, thin, wide, sum / PAIR, sums, wide, rows, wide, 0);
     for (i64 i = 0; i < rows * wide; i += LANES) store(out + i, _mm512_loadu_ps(sums + i));
 }
 
-/* C[wide, columns] += lowᵀ·x over the rows, low as words [rows / 2][wide].  The columns of C stand as `unpack` leaves
- * them (see `straight`), rows spread(columns) apart. */
-static void outer(const uint32_t *words, i64 wide, Rows x, i64 rows, i64 columns, float *C) {
+/* C[wide, columns] += lowᵀ·x over the rows, low as words [rows / PAIR][wide].  The columns of C stand as `words_across`
+ * leaves them, rows spread(columns) apart. */
+static void outer(const uint32_t *words, i64 wide, Left x, i64 rows, i64 columns, float *C) {
     i64 step = spread(columns);
     for (i64 c = 0; c < columns; c += 2 * LANES) {
-        __mmask32 some = columns - c >= 2 * LANES ? 0xffffffffu : (1u << (columns - c)) - 1;
         for (i64 q = 0; q < wide; q += 8) {
             __m512 sum[8][2];
             float *at_ = C + q * step + c;
             UNROLL for (int i = 0; i < 8; i++) UNROLL for (int j = 0; j < 2; j++) sum[i][j] =
                 _mm512_loadu_ps(at_ + i * step + LANES * j);
-            for (i64 n = 0; n < rows; n += 2) {
-                const bf16 *even = x.data + n * x.step + c;
-                __m512i a = _mm512_maskz_loadu_epi16(some, even);
-                __m512i b = n + 1 < rows ? _mm512_maskz_loadu_epi16(some, even + x.step) : _mm512_setzero_si512();
-                __m512bh low = (__m512bh)_mm512_unpacklo_epi16(a, b), high = (__m512bh)_mm512_unpackhi_epi16(a, b);
-                UNROLL for (int i = 0; i < 8; i++) {
-                    __m512bh pair = (__m512bh)_mm512_set1_epi32((int)words[n / 2 * wide + q + i]);
-                    sum[i][0] = _mm512_dpbf16_ps(sum[i][0], low, pair);
-                    sum[i][1] = _mm512_dpbf16_ps(sum[i][1], high, pair);
-                }
+            for (i64 n = 0; n < rows; n += PAIR) {
+                __m512i right[2];
+                words_across((Left){x.data + n * x.step + c, x.step}, rows - n, columns - c, right);
+                UNROLL for (int i = 0; i < 8; i++) UNROLL for (int j = 0; j < 2; j++) sum[i][j] =
+                    multiply_add(sum[i][j], right[j], words + n / PAIR * wide + q + i);
             }
             UNROLL for (int i = 0; i < 8; i++) UNROLL for (int j = 0; j < 2; j++)
                 _mm512_storeu_ps(at_ + i * step + LANES * j, sum[i][j]);
@@ -187,29 +181,31 @@ static float *sums_at(const Pass *p, float *sums, i64 thread, i64 part, i64 each
     return sums + (thread * p->count + part) * each;
 }
 
+static Rows from_row(Rows x, i64 n) { return (Rows){x.data + n * x.step, x.step}; }
+
 /* The shrink of a block, for the result and for the backward pass. */
-static void shrink_block(const Pass *p, Bench bench, i64 i, i64 n, i64 rows) {
+static void shrink_block(const Pass *p, Bench bench, Left x, i64 i, i64 n, i64 rows) {
     const Part *part = p->parts + i;
     i64 at_ = n - part->start, wide = width(part->rank);
-    Rows x = {p->x.data + n * p->x.step, p->x.step};
-    if (part->keep) x = dropped(x, part->keep + at_ * p->inputs, rows, p->inputs, bench.dropped);
+    if (part->keep) x = dropped(from_row(p->x, n), part->keep + at_ * p->inputs, rows, p->inputs, bench.dropped);
     thin_product(x, thin_at(p, i), p->inputs, rows, wide, bench.sums, part->shrink + at_ * wide);
 }
 
 /* The shrink's gradient, and what the block adds to the gradients of A and B; `grad` is after the gain. */
-static void learn_block(const Pass *p, Bench bench, Rows grad, i64 i, i64 n, i64 rows) {
+static void learn_block(const Pass *p, Bench bench, Left grad, i64 i, i64 n, i64 rows) {
     const Part *part = p->parts + i;
     i64 at_ = n - part->start, wide = width(part->rank), t = omp_get_thread_num();
     bf16 *slopes = p->slopes + n * p->most;
     thin_product(grad, thin_at(p, i), p->outputs, rows, wide, bench.sums, slopes);
     if (part->grad_B) {
-        pairs_of_tokens(part->shrink + at_ * wide, wide, rows, rows, wide, bench.words);
+        words_of_tokens(part->shrink + at_ * wide, wide, rows, rows, wide, bench.words);
         outer(bench.words, wide, grad, rows, p->outputs, sums_at(p, p->sums_B, t, i, p->most * spread(p->outputs)));
     }
     if (part->grad_A) {
-        Rows x = {p->x.data + n * p->x.step, p->x.step};
-        if (part->keep) x = dropped(x, part->keep + at_ * p->inputs, rows, p->inputs, bench.dropped);
-        pairs_of_tokens(slopes, wide, rows, rows, wide, bench.words);
+        const uint8_t *keep = part->keep ? part->keep + at_ * p->inputs : 0;
+        Left x = keep ? dropped(from_row(p->x, n), keep, rows, p->inputs, bench.dropped)
+                      : left_of(from_row(p->x, n), rows, p->inputs, bench.x);
+        words_of_tokens(slopes, wide, rows, rows, wide, bench.words);
         outer(bench.words, wide, x, rows, p->inputs, sums_at(p, p->sums_A, t, i, p->most * spread(p->inputs)));
     }
 }
@@ -218,19 +214,21 @@ static void learn_block(const Pass *p, Bench bench, Rows grad, i64 i, i64 n, i64
 static void block(const Pass *p, Bench bench, i64 i, i64 n, i64 rows, i64 first, i64 many) {
     const Part *part = p->parts + i;
     i64 wide = width(part->rank), columns = columns_of(p), at_ = n - part->start, forward = !p->grad.data;
-    Rows left = forward ? (Rows){p->x.data + n * p->x.step, p->x.step} : (Rows){p->grad.data + n * p->grad.step, p->grad.step};
-    if (!forward && part->gain) {
+    Left left, low = {0};
+    if (forward) left = left_of(from_row(p->x, n), rows, p->inputs, bench.x);
+    else if (part->gain) {
         float *sums = first ? 0 : sums_at(p, p->sums_gain, omp_get_thread_num(), i, spread(p->outputs));
-        left = gained(p, part->gain, left, p->y + n * p->outputs, rows, sums, bench.gained);
-    }
-    if (!first && wide && forward) shrink_block(p, bench, i, n, rows);
+        left = gained(p, part->gain, from_row(p->grad, n), p->y + n * p->outputs, rows, sums, bench.grad);
+    } else left = left_of(from_row(p->grad, n), rows, p->outputs, bench.grad);
+    if (!first && wide && forward) shrink_block(p, bench, left, i, n, rows);
     if (!first && wide && !forward) learn_block(p, bench, left, i, n, rows);
+    const bf16 *lower = forward ? part->shrink + at_ * wide : p->slopes + n * p->most;
+    if (wide) low = left_of((Rows){lower, wide}, rows, wide, bench.low);
     for (i64 place = 0; place < many && p->out; place++) {
         i64 from = (first + place) * PANEL;
-        Tile tile = {.x = left, .pairs = sum_of(p) / 2, .panel = p->panels + place * PANEL * sum_of(p) / 2,
-                     .low_pairs = wide / 2, .low_panel = low_panel_at(p, i, place), .columns = lesser(PANEL, columns - from),
+        Tile tile = {.x = left, .low = low, .words = sum_of(p) / PAIR, .panel = p->panels + place * PANEL * sum_of(p) / PAIR,
+                     .low_words = wide / PAIR, .low_panel = low_panel_at(p, i, place), .columns = lesser(PANEL, columns - from),
                      .out = p->out + n * columns + from, .out_step = columns};
-        tile.low = forward ? (Rows){wide ? part->shrink + at_ * wide : 0, wide} : (Rows){p->slopes + n * p->most, wide};
         if (forward) tile.gain = part->gain ? part->gain + from : 0, tile.bias = p->bias ? p->bias + from : 0;
         else if (part->keep) tile.keep = part->keep + at_ * columns + from, tile.keep_step = columns;
         strip(tile, rows);
@@ -262,7 +260,7 @@ static void run(const Pass *p, Bench bench) {
     }
 }
 
-/* 2·LANES sums of `outer`, over the threads that met the part, put straight: unpack had taken the columns in fours. */
+/* 2·LANES sums of `outer`, over the threads that met the part, put straight. */
 static void straight(const Pass *p, const float *sums, i64 part, i64 each, i64 at_, float factor, float *out) {
     i64 threads = omp_get_num_threads();
     __m512 low = _mm512_setzero_ps(), high = low;
@@ -272,10 +270,7 @@ static void straight(const Pass *p, const float *sums, i64 part, i64 each, i64 a
         low = _mm512_add_ps(low, _mm512_loadu_ps(own));
         high = _mm512_add_ps(high, _mm512_loadu_ps(own + LANES));
     }
-    __m512i near = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-    __m512i far = _mm512_add_epi32(near, _mm512_set1_epi32(8));
-    _mm512_storeu_ps(out, _mm512_mul_ps(_mm512_permutex2var_ps(low, near, high), all(factor)));
-    _mm512_storeu_ps(out + LANES, _mm512_mul_ps(_mm512_permutex2var_ps(low, far, high), all(factor)));
+    put_straight(_mm512_mul_ps(low, all(factor)), _mm512_mul_ps(high, all(factor)), out);
 }
 
 static void add_up(const Pass *p) {
@@ -314,20 +309,23 @@ static void *carved(char **rest, i64 bytes) {
 
 static char *furnish(Pass *p, Bench *bench, i64 threads, char *rest) {
     i64 sum = sum_of(p), backward = p->grad.data != 0, each = threads * p->count;
-    p->thin = carved(&rest, 4 * p->count * p->most * sum / 2);
-    p->panels = carved(&rest, 4 * p->at_once * PANEL * sum / 2);
-    p->low_panels = carved(&rest, 4 * p->count * p->at_once * PANEL * p->most / 2);
+    i64 size = sizeof(number), widened = PAIR == 1 ? size : 0;
+    p->thin = carved(&rest, 4 * p->count * p->most * sum / PAIR);
+    p->panels = carved(&rest, 4 * p->at_once * PANEL * sum / PAIR);
+    p->low_panels = carved(&rest, 4 * p->count * p->at_once * PANEL * p->most / PAIR);
     p->slopes = carved(&rest, backward ? 2 * p->rows * p->most : 0);
     p->sums_A = carved(&rest, backward ? 4 * each * p->most * spread(p->inputs) : 0);
     p->sums_B = carved(&rest, backward ? 4 * each * p->most * spread(p->outputs) : 0);
     p->sums_gain = carved(&rest, backward ? 4 * each * spread(p->outputs) : 0);
     for (i64 t = 0; t < threads; t++) {
         bench[t].sums = carved(&rest, 4 * BLOCK * p->most);
-        bench[t].words = carved(&rest, 4 * BLOCK / 2 * p->most);
+        bench[t].words = carved(&rest, 4 * BLOCK / PAIR * p->most);
         bench[t].factor = carved(&rest, 2 * PANEL * p->most);
-        bench[t].dropped = carved(&rest, 2 * BLOCK * p->inputs);
+        bench[t].x = carved(&rest, widened * BLOCK * p->inputs);
+        bench[t].dropped = carved(&rest, size * BLOCK * p->inputs);
+        bench[t].grad = carved(&rest, backward ? size * BLOCK * p->outputs : 0);
+        bench[t].low = carved(&rest, widened * BLOCK * p->most);
         bench[t].decoded = carved(&rest, p->weight.code == DENSE ? 0 : 2 * PANEL * sum);
-        bench[t].gained = carved(&rest, backward ? 2 * BLOCK * p->outputs : 0);
     }
     return rest;
 }
@@ -335,7 +333,7 @@ static char *furnish(Pass *p, Bench *bench, i64 threads, char *rest) {
 static int call(Pass p) {
     i64 threads = omp_get_max_threads();
     for (i64 i = 0; i < p.count; i++) p.most = greater(p.most, width(p.parts[i].rank));
-    i64 panels = (columns_of(&p) + PANEL - 1) / PANEL, each = 2 * PANEL * (sum_of(&p) + p.count * p.most);
+    i64 panels = (columns_of(&p) + PANEL - 1) / PANEL, each = sizeof(number) * PANEL * (sum_of(&p) + p.count * p.most);
     p.at_once = greater(1, lesser(panels, LAID_OUT / each));
     Bench bench[threads];
     char *memory = aligned_alloc(64, ROUND_UP((i64)furnish(&p, bench, threads, 0), 64) + 64);
@@ -343,21 +341,23 @@ static int call(Pass p) {
     furnish(&p, bench, threads, memory);
 #pragma omp parallel num_threads(threads)
     {
+        unsigned before = without_denormals();
         run(&p, bench[omp_get_thread_num()]);
         if (p.grad.data) add_up(&p);
+        _mm_setcsr(before);
     }
     free(memory);
     return 0;
 }
 
-int lowrank_forward(Rows x, Weight weight, const float *bias, const Part *parts, i64 count, bf16 *y, i64 rows, i64 inputs,
+int WAY(lowrank_forward)(Rows x, Weight weight, const float *bias, const Part *parts, i64 count, bf16 *y, i64 rows, i64 inputs,
                     i64 outputs) {
     return call((Pass){.weight = weight, .parts = parts, .count = count, .rows = rows, .inputs = inputs,
                        .outputs = outputs, .x = x, .bias = bias, .out = y});
 }
 
 /* `y` is what forward gave, and is read under gains; `dx` [rows, inputs] may be NULL, and so may each grad_A and grad_B. */
-int lowrank_backward(Rows grad, Rows x, const bf16 *y, Weight weight, const float *bias, const Part *parts, i64 count,
+int WAY(lowrank_backward)(Rows grad, Rows x, const bf16 *y, Weight weight, const float *bias, const Part *parts, i64 count,
                      bf16 *dx, i64 rows, i64 inputs, i64 outputs) {
     return call((Pass){.weight = weight, .parts = parts, .count = count, .rows = rows, .inputs = inputs,
                        .outputs = outputs, .x = x, .grad = grad, .y = y, .bias = bias, .out = dx});

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rankwise.kernels.codes import Weight, nf4_values, scale_values
-from rankwise.kernels.library import LowRankPart, Matrix, TensorRows, native, serves
+from rankwise.kernels.library import LowRankPart, Matrix, TensorRows, product, serves
 from rankwise.kernels.sizes import LANES
 
 _LEAST_ROWS = 32  # below, laying out the weight costs more than it saves
@@ -74,7 +74,7 @@ def forward_product(
     shrinks = [x.new_empty(s.stop - s.start, -(-len(s.A) // LANES) * LANES) for s in parts]
     call = _Call(weight, bias, parts, shrinks, len(x))
     call.check(
-        native().lowrank_forward(  # type: ignore[union-attr]
+        product("lowrank_forward")(
             TensorRows.of(x), call.weight, call.bias, call.parts, call.count, y.data_ptr(), *call.sizes
         )
     )
@@ -105,7 +105,7 @@ def backward_product(
     ]
     call = _Call(weight, bias, parts, shrinks, len(grad), found)
     call.check(
-        native().lowrank_backward(  # type: ignore[union-attr]
+        product("lowrank_backward")(
             TensorRows.of(grad),
             TensorRows() if x is None else TensorRows.of(x),
             None if y is None else y.data_ptr(),

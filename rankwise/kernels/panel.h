@@ -1,6 +1,6 @@
 /* The large product: panels of a frozen weight, which may be stored in codes, and rows that go through them in tiles.
  *
- * A panel has 64 columns; word [k/2][column] holds the numbers k and k+1 of the sum, as `vdpbf16ps` wants them.
+ * A panel is a right side of 64 columns, word [k / PAIR][column] (words.h).
  */
 #ifndef RANKWISE_PANEL_H
 #define RANKWISE_PANEL_H
@@ -18,27 +18,22 @@ typedef struct {
     const float *groups, *offset, *scale_values, *values; /* NF4: of 256 scales, and the tables */
 } Weight;
 
-typedef struct {
-    const bf16 *data;
-    i64 step; /* elements between rows */
-} Rows;
-
 static i64 lesser(i64 a, i64 b) { return a < b ? a : b; }
 
-/* A panel [pair][PANEL] of words, of columns that lie along the rows of what is stored. */
+/* A panel, of columns that lie along the rows of what is stored. */
 static void panel_of_rows(Rows x, i64 columns, i64 sum, uint32_t *out) {
-    pairs_of_features(x.data, x.step, columns, PANEL, sum, out);
+    words_of_features(x.data, x.step, columns, PANEL, sum, out);
 }
 
 /* And of columns that lie along its columns. */
 static void panel_of_columns(Rows x, i64 columns, i64 sum, uint32_t *out) {
-    for (i64 k = 0; k < sum; k += 2, out += PANEL)
+    for (i64 k = 0; k < sum; k += 2, out += 2 / PAIR * PANEL)
         for (i64 c = 0; c < PANEL; c += LANES) {
             __mmask16 some = c < columns ? lanes_left(c, columns) : 0;
             const bf16 *even = x.data + k * x.step + c;
             __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, even));
             __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, even + x.step));
-            _mm512_storeu_si512(out + c, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+            put_pairs(out + c, PANEL, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
         }
 }
 
@@ -98,24 +93,20 @@ static Rows rounded(const float *from, i64 rows, i64 columns, i64 from_step, flo
 
 /* A tile: six rows by one panel.  The low-rank part comes first, so that dropout can take away from it alone. */
 typedef struct {
-    Rows x, low;                        /* left sides */
-    const uint32_t *panel, *low_panel;  /* right sides, PANEL words a pair */
+    Left x, low;
+    const uint32_t *panel, *low_panel;  /* right sides */
     const uint8_t *keep;                /* which of the low-rank part's elements count, or NULL for all */
     const float *gain, *bias;           /* by column, or NULL */
     bf16 *out;
-    i64 pairs, low_pairs, keep_step, out_step, columns;
+    i64 words, low_words, keep_step, out_step, columns;
 } Tile;
 
-#define TILE_SUM(R, left, right, pairs)                                                                                \
-    for (i64 k = 0; k < (pairs); k++) {                                                                                \
-        __m512bh b[4];                                                                                                 \
-        UNROLL for (int j = 0; j < 4; j++) b[j] = (__m512bh)_mm512_loadu_si512((right) + k * PANEL + LANES * j);       \
-        UNROLL for (int i = 0; i < R; i++) {                                                                           \
-            int pair;                                                                                                  \
-            memcpy(&pair, (left).data + i * (left).step + 2 * k, 4);                                                   \
-            __m512bh a = (__m512bh)_mm512_set1_epi32(pair);                                                            \
-            UNROLL for (int j = 0; j < 4; j++) c[i][j] = _mm512_dpbf16_ps(c[i][j], b[j], a);                           \
-        }                                                                                                              \
+#define TILE_SUM(R, left, right, words)                                                                                \
+    for (i64 k = 0; k < (words); k++) {                                                                                \
+        __m512i b[4];                                                                                                  \
+        UNROLL for (int j = 0; j < 4; j++) b[j] = _mm512_loadu_si512((right) + k * PANEL + LANES * j);                 \
+        UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < 4; j++) c[i][j] =                                \
+            multiply_add(c[i][j], b[j], (left).data + i * (left).step + PAIR * k);                                     \
     }
 
 #define FUSED(R)                                                                                                       \
@@ -123,13 +114,13 @@ typedef struct {
         const Tile t = *tile;                                                                                          \
         __m512 c[R][4];                                                                                                \
         UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < 4; j++) c[i][j] = _mm512_setzero_ps();           \
-        TILE_SUM(R, t.low, t.low_panel, t.low_pairs)                                                                   \
+        TILE_SUM(R, t.low, t.low_panel, t.low_words)                                                                   \
         if (t.keep) UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < 4; j++) {                            \
             __mmask16 some = LANES * j < t.columns ? lanes_left(LANES * j, t.columns) : 0;                             \
             __m128i kept = _mm_maskz_loadu_epi8(some, t.keep + i * t.keep_step + LANES * j);                           \
             c[i][j] = _mm512_maskz_mov_ps(_mm_test_epi8_mask(kept, kept), c[i][j]);                                    \
         }                                                                                                              \
-        TILE_SUM(R, t.x, t.panel, t.pairs)                                                                             \
+        TILE_SUM(R, t.x, t.panel, t.words)                                                                             \
         UNROLL for (int j = 0; j < 4; j++) if (LANES * j < t.columns) {                                                \
             __mmask16 some = lanes_left(LANES * j, t.columns);                                                         \
             __m512 factor = t.gain ? _mm512_maskz_loadu_ps(some, t.gain + LANES * j) : all(1.0f);                      \
@@ -147,7 +138,7 @@ static void strip(Tile tile, i64 rows) {
         i64 some = lesser(rows - n, TILE_ROWS);
         fused[some - 1](&tile);
         tile.x.data += some * tile.x.step, tile.out += some * tile.out_step;
-        if (tile.low_pairs) tile.low.data += some * tile.low.step;
+        if (tile.low_words) tile.low.data += some * tile.low.step;
         if (tile.keep) tile.keep += some * tile.keep_step;
     }
 }

@@ -17,7 +17,7 @@ from rankwise.planning.tape import Tape
 
 Form = Literal["lora", "dora", "adalora", "full"]
 
-_LAID_OUT = 8 * 2**20  # kernels/lowrank.c
+_LAID_OUT = 8 * 2**20  # kernels/lowrank.c, at most: wide words take less
 _RANDOM_STATE = 5056  # bytes of torch.get_rng_state(), which a checkpointed block keeps beside its input
 
 

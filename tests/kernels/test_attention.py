@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 
 from rankwise.kernels.attention import Spans, _alike, attend
+from rankwise.kernels.library import native
+
+pytestmark = pytest.mark.usefixtures("words")
 
 SHAPES = [  # heads, groups, width, lengths, and what each segment continues
     (9, 3, 64, (376, 20), ()),
@@ -126,3 +129,17 @@ def test_values_of_another_width_than_keys_go_the_plain_way(width, values):
 )
 def test_only_shapes_that_the_compiled_kernel_reads_within_bounds_reach_it(q, k, v, served):
     assert _alike(*(torch.zeros(shape) for shape in (q, k, v))) == served
+
+
+@pytest.mark.skipif(native() is None, reason="no compiled kernels here")
+def test_denormal_numbers_are_zeros_and_only_here():
+    """As `vdpbf16ps` has them; `vfmadd` would take two hundred times as long over them."""
+    tensors, spans = case(2, 2, 32, (20, 20))
+    q, k, _, _ = (x.bfloat16() for x in tensors)
+    v = torch.full((40, 2, 32), 1e-39).bfloat16()
+    q.requires_grad_()
+    out = attend(q, k, v, spans, 0.2)
+    out.backward(torch.full_like(out, 1e38))
+    assert not out.any()
+    assert not q.grad.any()
+    assert torch.full((1,), 1e-39).mul(0.5) > 0

@@ -13,6 +13,8 @@ from torch import Tensor
 from rankwise.kernels.attention import Spans, attend
 from rankwise.kernels.library import native
 
+pytestmark = pytest.mark.usefixtures("words")
+
 LENGTHS = [(33,), (1,), (1, 1, 1), (17, 1, 40, 2), (15, 16, 17), (130, 49)]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 1e-2}
 

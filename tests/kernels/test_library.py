@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rankwise.kernels import library
-from rankwise.kernels.library import Heads, native, serves
+from rankwise.kernels.library import WORDS, Heads, native, product, serves
 
 
 def test_they_are_used_on_every_processor_that_can_run_them_and_that_has_them_built():
@@ -58,7 +58,32 @@ def test_every_function_is_there_with_its_types():
             function = getattr(native(), name)
             assert function.restype is result
             assert function.argtypes == arguments
-    assert {"attention_forward", "norm_backward", "cross_entropy"} <= library._FUNCTIONS.keys()
+    assert {"attention_forward_wide", "norm_backward", "cross_entropy"} <= library._FUNCTIONS.keys()
+
+
+needs_native = pytest.mark.skipif(native() is None, reason="no compiled kernels here")
+
+
+@needs_native
+def test_the_maker_of_the_processor_decides_on_words(monkeypatch):
+    monkeypatch.delenv("RANKWISE_WORDS", raising=False)
+    with open("/proc/cpuinfo") as file:
+        words = "wide" if "GenuineIntel" in file.read() else "pairs"
+    assert product("lowrank_forward") is getattr(native(), f"lowrank_forward_{words}")
+
+
+@needs_native
+@pytest.mark.parametrize("words", WORDS)
+def test_the_environment_may_decide_otherwise(monkeypatch, words):
+    monkeypatch.setenv("RANKWISE_WORDS", words)
+    assert product("attention_backward") is getattr(native(), f"attention_backward_{words}")
+
+
+@needs_native
+def test_words_that_are_unknown_are_an_error(monkeypatch):
+    monkeypatch.setenv("RANKWISE_WORDS", "long")
+    with pytest.raises(ValueError, match="RANKWISE_WORDS is 'long'; it can be pairs or wide"):
+        product("lowrank_forward")
 
 
 def test_mapped_files_are_found_whatever_their_path_looks_like():

@@ -12,7 +12,10 @@ from rankwise.adapters.product import low_rank_product
 from rankwise.kernels.library import native
 from rankwise.kernels.lowrank import Part, serves_product
 
-pytestmark = pytest.mark.skipif(native() is None, reason="no compiled kernels here")
+pytestmark = [
+    pytest.mark.skipif(native() is None, reason="no compiled kernels here"),
+    pytest.mark.usefixtures("words"),
+]
 
 _ROUNDED = 8e-3  # bfloat16 in and out, with the shrink rounded between
 
@@ -140,3 +143,12 @@ def test_numbers_that_are_none_come_through():
     assert y[40].isnan().all()
     assert y[:40].isfinite().all()
     assert y[41:].isfinite().all()
+
+
+def test_denormal_numbers_are_zeros_and_only_here():
+    """As `vdpbf16ps` has them; `vfmadd` would take two hundred times as long over them."""
+    x, weight = torch.full((99, 64), 1e-39).bfloat16(), torch.full((48, 64), 1e10).bfloat16()
+    assert x[0, 0] > 0
+    assert not low_rank_product(x, weight, None, [], compiled=True).any()
+    assert torch.equal(x.float() * 0.5, torch.full((99, 64), float(x[0, 0]) / 2))
+    assert torch.full((1,), 1e-39).mul(0.5) > 0

@@ -1,0 +1,3 @@
+/* attention.c in wide words. */
+#define WIDE
+#include "attention.c"

@@ -1,0 +1,3 @@
+/* lowrank.c in wide words. */
+#define WIDE
+#include "lowrank.c"
