@@ -51,11 +51,11 @@ def request(arguments: argparse.Namespace, data: Path, out: Path) -> Any:
     )
 
 
-def compare(arguments: argparse.Namespace, data: Path, place: Path) -> dict[str, Any]:
+def compare(arguments: argparse.Namespace, data: Path, place: Path, grids: Path | None) -> dict[str, Any]:
     from rankwise.jobs.search import SearchRequest, run_search
     from rankwise.jobs.watch import Quiet
 
-    place.mkdir()
+    place.mkdir(parents=True)
     asked = SearchRequest(budget=arguments.budget, ranks=RANKS, allocate=arguments.allocate, until="confirm")
     began = time.perf_counter()
     found = run_search(asked, request(arguments, data, place / "search"), Quiet())
@@ -75,7 +75,7 @@ def compare(arguments: argparse.Namespace, data: Path, place: Path) -> dict[str,
         answer["seconds"] = {"search": seconds, "one run": alone, "one run, PEFT": peft, "grid, PEFT": one_by_one}
         answer |= {"ratio_to_grid": seconds / one_by_one, "ratio_to_one_run": seconds / alone}
     if arguments.only != "time":
-        answer |= _against_grid(arguments, data, place / "grid", told)
+        answer |= _against_grid(arguments, data, (grids or place) / f"grid-{data.name}", told)
     return answer
 
 
@@ -97,7 +97,7 @@ def _against_grid(arguments: argparse.Namespace, data: Path, out: Path, told: di
     from rankwise.jobs.watch import Quiet
     from rankwise.search.rule import lowest
 
-    out.mkdir()
+    out.mkdir(exist_ok=True)
     with opened(SearchRequest(ranks=RANKS), request(arguments, data, out), Quiet()) as (advisor, _, _):
         cells = [(arguments.lr * 2.0**power, rank) for power, rank in product(POWERS, RANKS)]
         candidates = [advisor.candidate(rank, lr) for lr, rank in cells]
@@ -272,6 +272,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto", help="of the search and its grid; PEFT is timed in two")
     parser.add_argument("--budget", default="standard")
     parser.add_argument("--allocate", choices=("activations", "gradients"))
+    parser.add_argument("--grids", type=Path, help="an existing folder: runs of grids are kept there, and found again")
     parser.add_argument("--only", choices=("time", "regret"))
     parser.add_argument("--peft", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -281,7 +282,7 @@ def main() -> None:
     found = []
     for data in arguments.data:
         with tempfile.TemporaryDirectory() as folder:
-            found.append(compare(arguments, data, Path(folder) / "s"))
+            found.append(compare(arguments, data, Path(folder) / "s", arguments.grids))
         print(
             json.dumps({key: value for key, value in found[-1].items() if key != "grid"}), file=sys.stderr, flush=True
         )

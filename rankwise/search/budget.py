@@ -13,9 +13,11 @@ class Budget:
         noise_seeds, noise_share: how often, and at which share of the full length, one adapter is trained.
         powers: of two, times the rate where the search begins: the ladder of learning rates.
         rungs: shares of the full length at which rates are compared; half of them stay each time.
-        targets: share of the full length at which layers are compared; None does not compare them.
-        ladder: whether each rank is trained, or one large one is cut.
+        arms: share of the full length at which layers are compared, and other methods.
         confirm_seeds: with how many seeds the chosen rank is confirmed, and ranks by layer are compared.
+        targets: whether layers are compared.
+        ladder: whether each rank is trained, or one large one is cut.
+        nested: whether one adapter is trained at all ranks at once, beside the ladder.
         control: whether what is left of an adapter is checked against training at its ranks.
     """
 
@@ -23,18 +25,18 @@ class Budget:
     noise_share: float
     powers: tuple[int, ...]
     rungs: tuple[float, ...]
-    targets: float | None
-    ladder: bool
+    arms: float
     confirm_seeds: int
-    control: bool
+    targets: bool = True
+    ladder: bool = True
+    nested: bool = False
+    control: bool = False
 
+
+_HALVED = (1 / 8, 1 / 4, 1.0)  # a short run prefers a higher rate than a long one: the last rung has the full length
 
 BUDGETS = {
-    "express": Budget(3, 1 / 4, (-2, -1, 0, 1, 2), (1 / 8, 1 / 4), None, ladder=False, confirm_seeds=1, control=False),
-    "standard": Budget(
-        3, 1 / 4, (-2, -1, 0, 1, 2, 3), (1 / 8, 1 / 4), 1 / 4, ladder=True, confirm_seeds=3, control=True
-    ),
-    "full": Budget(
-        5, 1 / 4, (-3, -2, -1, 0, 1, 2, 3, 4), (1 / 8, 1 / 4, 1 / 2), 1 / 2, ladder=True, confirm_seeds=5, control=True
-    ),
+    "express": Budget(3, 1 / 4, (-2, -1, 0, 1, 2), (1 / 8, 1 / 2), 1 / 4, targets=False, ladder=False, confirm_seeds=1),
+    "standard": Budget(3, 1 / 4, (-2, -1, 0, 1, 2, 3), _HALVED, 1 / 4, confirm_seeds=3, control=True),
+    "full": Budget(5, 1 / 4, (-3, -2, -1, 0, 1, 2, 3, 4), _HALVED, 1 / 2, nested=True, confirm_seeds=5, control=True),
 }

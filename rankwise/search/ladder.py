@@ -46,7 +46,8 @@ def climb(case: Case) -> None:
             for rank, one, row, share in zip(ranks, standing, found, often, strict=True)
         ],
     }
-    _nest(case)
+    if case.budget.nested:
+        _nest(case)
     case.spec = case.spec.model_copy(update={"rank": ranks[chosen]})
 
 

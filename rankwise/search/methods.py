@@ -18,7 +18,7 @@ def try_methods(case: Case) -> None:
     """
     if not case.methods:
         return
-    share, lr = case.budget.rungs[-1], case.run.lr
+    lr = case.run.lr
     rates = (lr / 2, lr, 2 * lr)
     arms = {"as found": ({}, {}), **case.methods}
     found, losses = {}, {}
@@ -31,7 +31,7 @@ def try_methods(case: Case) -> None:
             )
             for rate in rates
         ]
-        tried = case.trials.made("methods", candidates, [0], share)
+        tried = case.trials.made("methods", candidates, [0], case.budget.arms)
         means = [case.mean(own) for own in case.losses(tried)]
         best = lowest(means) if any(mean is not None for mean in means) else 1
         found[name], losses[name] = tried[best][0], case.losses(tried)[best]

@@ -10,13 +10,12 @@ _TARGETS = ("attention", "mlp", "all-linear")
 
 def compare_targets(case: Case) -> None:
     """What the search began with stays unless another is measurably better."""
-    share = case.budget.targets
-    if share is None or case.layers not in _TARGETS:
+    if not case.budget.targets or case.layers not in _TARGETS:
         return
     total = case.spec.rank * case.parameters[case.layers]
     names = [name for name in _TARGETS if case.parameters.get(name)]
     ranks = {name: max(1, round(total / case.parameters[name])) for name in names}
-    found = case.trials.made("targets", [case.candidate(ranks[n], targets=n) for n in names], [0], share)
+    found = case.trials.made("targets", [case.candidate(ranks[n], targets=n) for n in names], [0], case.budget.arms)
     losses = case.losses(found)
     best = lowest(case.means(losses))
     gain = case.gain(known(losses[best]))["mean"]

@@ -3,6 +3,7 @@
 import os
 import shlex
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from rankwise.formats.peft import read_adapter
 from rankwise.jobs.search import SearchRequest, opened, run_search, winner
 from rankwise.jobs.train import run_training
 from rankwise.search.allocation import patterned
+from rankwise.search.budget import BUDGETS
 from tests.jobs.tasks import BASES, write_task
 from tests.jobs.world import Listener, read, request, write_rows
 
@@ -44,15 +46,26 @@ def test_every_question_is_answered_and_written_down(found):
     written = read(Path(found["out"]) / "search.json")
     assert {name: value for name, value in found.items() if name not in ("out", "report")} == written
     assert [name for name, value in written.items() if value is None] == ["allocation"]  # which was not asked for
-    assert [point["rank"] for point in written["nested"]["points"]] == [1, 2, 4]
     assert [point["rank"] for point in written["ladder"]["points"]] == [1, 2, 4]
     assert sum(point["chosen_in"] for point in written["ladder"]["points"]) == pytest.approx(1)
     assert written["rate"]["best"] in [point["lr"] for point in written["rate"]["rungs"][-1]["points"]]
     assert [point["name"] for point in written["methods"]["points"]] == ["form=dora"]
     assert written["confirm"]["seeds"] == 3
     steps = [rung["share"] * found["full_run"]["steps"] for rung in written["rate"]["rungs"]]
-    assert steps == pytest.approx([10, 12])  # an eighth would be 6: too few to tell rates apart
+    assert steps == pytest.approx([10, 12, 48])  # an eighth would be 6: too few to tell rates apart
     assert Path(found["report"]).exists()
+
+
+def test_a_budget_may_train_one_adapter_at_all_ranks_beside_the_ladder(world, rows, tmp_path):
+    assert BUDGETS["full"].nested
+    settings = {**BEGIN, "max_steps": 12, "valid": rows["valid"], "test": rows["test"]}
+    asked = request(world / "llama", rows["train"], tmp_path / "s", **settings)
+    asked.out.mkdir()
+    with opened(SearchRequest(ranks=(1, 2, 4)), asked, Listener()) as (advisor, _, _):
+        advisor.budget = replace(advisor.budget, nested=True)
+        advisor.ask("count")
+        advisor.ask("ladder")
+    assert [point["rank"] for point in advisor.record["nested"]["points"]] == [1, 2, 4]
 
 
 def test_the_recommendation_is_one_of_what_was_confirmed(found):
@@ -64,10 +77,10 @@ def test_the_recommendation_is_one_of_what_was_confirmed(found):
 
 
 def test_costs_are_counted_in_full_runs(found):
-    lengths = {"noise": 3 / 4, "ladder": 4}  # three ranks, and one adapter that learns all of them
-    for step, cost in lengths.items():
-        own = [trial["share"] for trial in found["trials"] if trial["step"] == step]
-        assert sum(own) == pytest.approx(cost), step
+    begun = [trial["share"] for trial in found["trials"] if trial["step"] == "noise"]
+    assert sum(begun) == pytest.approx(3 / 4)
+    own = [trial["share"] for trial in found["trials"] if trial["step"] == "ladder"]
+    assert own == [1.0] * 2  # of three ranks; that of the last rung has been trained there
     assert found["cost"]["runs"] == pytest.approx(sum(trial["share"] for trial in found["trials"]), rel=0.1)
     assert found["cost"]["grid"] == 3 * len(found["rate"]["rungs"][0]["points"])
 
@@ -153,7 +166,7 @@ def test_it_stops_where_it_is_told_to_and_goes_on_from_there(world, rows, tmp_pa
 
 def test_where_nothing_is_learnt_no_rate_is_dropped_and_none_is_tried_beyond(world, rows, tmp_path):
     found = searched(world, rows, tmp_path / "s", until="rate", train={"lr": 1e-20})["rate"]
-    assert [[point["kept"] for point in rung["points"]] for rung in found["rungs"]] == [[True] * 6] * 2
+    assert [[point["kept"] for point in rung["points"]] for rung in found["rungs"]] == [[True] * 6] * 3
     assert found["interior"] is False
 
 
