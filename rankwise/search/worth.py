@@ -1,9 +1,13 @@
-"""What each part of an adapter is worth: an estimate of how much higher the loss would be without it.
+"""What each part of an adapter is worth: an estimate of how much the loss would change without it.
 
     plain        the square of its norm: inputs and outputs all count alike
     activations  the square of what it adds to its layer's output, in the mean over tokens
-    fisher       ½·λ²·F - λ·g: the loss along the part, to second order; g its gradient by λ, F the mean of the squared
-                 gradients of single documents (the empirical Fisher information)
+    fisher       ½·λ²·F: the loss along the part, in second order; F is the mean of the squared gradients by λ of single
+                 documents, the empirical Fisher information (as in optimal brain damage, LeCun et al. 1990)
+
+The first order, -λ·g, is left out.  An adapter that has learnt its documents by heart has parts without which other
+documents would be better off; put last for that, those that move the loss most would be the first to go, and what a
+bound has to allow for is how far single documents are moved, which is λ²·F (docs/log.md, 2026-11-26).
 
 The estimates put the parts in an order.  What leaving them out costs is measured (`search/compression.py`).
 """
@@ -93,7 +97,7 @@ def _root(moment: Tensor) -> Tensor:
 
 
 def fisher_worth(forward: Forward, name: str, examples: Examples, advance: Advance) -> dict[str, Tensor]:
-    """½·λ²·F - λ·g of every direction `[R]` of an adapter of form `adalora`, nats per judged item; float64.
+    """½·λ²·F of every direction `[R]` of an adapter of form `adalora`, nats per judged item; float64.
 
     Each document goes through by itself, forward and backward, and only Λ is given gradients.
 
@@ -105,8 +109,7 @@ def fisher_worth(forward: Forward, name: str, examples: Examples, advance: Advan
     trained = {id(own) for own in lam.values()}
     for _, parameter in forward.bank.named_parameters(name):
         parameter.requires_grad_(id(parameter) in trained)
-    slopes = {path: torch.zeros(len(own), dtype=torch.float64) for path, own in lam.items()}
-    squares = {path: torch.zeros_like(slope) for path, slope in slopes.items()}
+    squares = {path: torch.zeros(len(own), dtype=torch.float64) for path, own in lam.items()}
     bad = []
     for document in range(len(examples)):
         for own in lam.values():
@@ -117,7 +120,6 @@ def fisher_worth(forward: Forward, name: str, examples: Examples, advance: Advan
             bad.append(examples.origin(document))
             continue
         for path, one in found.items():
-            slopes[path] += one
             squares[path] += one.square()
         advance((document + 1) / len(examples))
     for own in lam.values():
@@ -127,5 +129,4 @@ def fisher_worth(forward: Forward, name: str, examples: Examples, advance: Advan
             f"the gradients of these documents are not finite:\n{listing(bad)}", hint="--dtype float32, or worth plain"
         )
     items = int(examples.supervised_counts().sum())
-    values = {path: own.detach().cpu().double() for path, own in lam.items()}
-    return {p: (0.5 * v.square() * squares[p] - v * slopes[p]) / items for p, v in values.items()}
+    return {path: 0.5 * own.detach().cpu().double().square() * squares[path] / items for path, own in lam.items()}
