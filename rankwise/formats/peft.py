@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rankwise.adapters.adapter import Adapter
@@ -89,8 +90,9 @@ def read_adapter(folder: Path) -> Adapter:
         elif pair["A"].shape[0] != spec.rank_at(path):
             problems.append(f"{path}: rank {pair['A'].shape[0]} in the tensors, {spec.rank_at(path)} in the config")
         else:
-            m = pair["m"].float().reshape(-1) if "m" in pair else None
-            sites[path] = LowRank(pair["A"].float(), pair["B"].float(), spec.scale_at(path), spec.dropout, m=m)
+            own = {part: tensor.to(torch.float32, copy=True) for part, tensor in pair.items()}  # the file may change
+            m = own["m"].reshape(-1) if "m" in own else None
+            sites[path] = LowRank(own["A"], own["B"], spec.scale_at(path), spec.dropout, m=m)
     frozen = {key.removesuffix(end): rest.pop(key) for end in _FROZEN for key in list(rest) if key.endswith(end)}
     rows, astray = take_rows(rest, said_tokens(config))
     modules, strangers = _modules(rest, spec.modules_to_save)

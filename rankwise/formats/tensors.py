@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from rankwise.errors import AdapterFileError, listing
 
@@ -38,7 +39,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             f"{path}: not a whole safetensors file ({path.stat().st_size:,} bytes): {error}",
             hint="copy or download it again; it was cut short or damaged",
         ) from None
-    broken = [name for name, tensor in tensors.items() if not _is_finite(tensor)]
+    broken = _broken(tensors)
     if broken:
         raise AdapterFileError(
             f"{path}: {len(broken)} of {len(tensors)} tensors are not finite:\n{listing(broken)}",
@@ -47,12 +48,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    """Whether no number in it is NaN or infinite.
+def _broken(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of those with a NaN or an infinite number in them.
 
-    Their sum tells in one pass, with nothing written; where it is not finite itself, every number is looked at.
+    One norm of all tells in one pass, with nothing written; where it is not finite itself, every number is looked at.
     """
-    return bool(torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all())
+    if torch.isfinite(get_total_norm([x.detach() for x in tensors.values() if x.is_floating_point()], 1)):
+        return []
+    return [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -61,7 +64,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     Raises:
         AdapterFileError: a tensor is not finite, or what was read back is not what was written.
     """
-    broken = [name for name, tensor in tensors.items() if not _is_finite(tensor)]
+    broken = _broken(tensors)
     if broken:
         raise AdapterFileError(f"{path}: refusing to save numbers that are not finite:\n{listing(broken)}")
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}

@@ -29,28 +29,20 @@ def serves_grouped(*tensors: Tensor) -> bool:
     return alike and all(x.device.type == "cpu" for x in tensors) and native() is not None
 
 
+@dataclass(frozen=True)
 class Low:
-    """One adapter's part at one layer, laid out for the products.
+    """One adapter's part at one layer, laid out for the products by `laid_out`.
 
-    Args:
-        A, B: `[R, I]`, `[O, R]`.
+    Attributes:
+        A, B: compiled, words in the order in which serving.c reads them; else `[R, I]`, `[O, R]`.
         gain: `[O]`, or None.
-        dtype: of the products.
+        rank: zeros behind included.
     """
 
-    def __init__(self, A: Tensor, B: Tensor, scale: float, gain: Tensor | None, dtype: torch.dtype) -> None:
-        self.rank = -(-len(A) // _STEP) * _STEP
-        more = self.rank - len(A)
-        self.A = _padded(A.detach(), more, 0).to(dtype)
-        wide = torch.promote_types(dtype, torch.float32)
-        self.B = _padded(B.detach().to(wide) if scale == 1 else B.detach().to(wide) * scale, 0, more).to(dtype)
-        self.gain = None if gain is None else gain.detach().to(wide).contiguous()
-        self.compiled = serves_grouped(self.A)
-        if self.compiled:  # laid out as they are read
-            pair, many = 4 // dtype.itemsize, 64 // dtype.itemsize  # numbers in a word and in a vector
-            long, tall = _padded(self.A, 0, -A.shape[1] % many), _padded(self.B, -len(B) % LANES, 0)
-            self.A = long.view(-1, _STEP, long.shape[1] // many, many).transpose(1, 2).contiguous()
-            self.B = tall.view(torch.int32).view(-1, LANES, self.rank // pair).transpose(1, 2).contiguous()
+    A: Tensor
+    B: Tensor
+    gain: Tensor | None
+    rank: int
 
     @property
     def nbytes(self) -> int:
@@ -59,6 +51,41 @@ class Low:
     def told(self) -> Factors:
         gain = None if self.gain is None else self.gain.data_ptr()
         return Factors(self.A.data_ptr(), self.B.data_ptr(), gain, self.rank)
+
+
+@torch.no_grad()
+def laid_out(parts: Sequence[tuple[Tensor, Tensor, float, Tensor | None]], dtype: torch.dtype) -> list[Low]:
+    """An adapter's parts, each of A `[R, I]`, B `[O, R]`, scale and gain `[O]`, for products of a `dtype`.
+
+    All of them lie in one piece of memory, and a pass is one call for all: there are hundreds of them, and small ones.
+    """
+    if not parts:
+        return []
+    wide = torch.promote_types(dtype, torch.float32)
+    compiled = dtype in _FORMATS and parts[0][0].device.type == "cpu" and native() is not None
+    across, down = (64 // dtype.itemsize, LANES) if compiled else (1, 1)  # numbers in a vector, and words
+    plain = []
+    for A, B, scale, _ in parts:
+        more = -len(A) % _STEP
+        plain.append(_padded(A, more, -A.shape[1] % across))
+        plain.append(_padded(B if scale == 1 else B.to(wide) * scale, -len(B) % down, more))
+    rounded = _side_by_side(plain, dtype)
+    ranks = [len(A) for A in plain[::2]]
+    if compiled:
+        words = [x.view(torch.int32) for x in rounded]
+        words[::2] = [A.view(-1, _STEP, A.shape[1] // LANES, LANES) for A in words[::2]]
+        words[1::2] = [B.view(-1, LANES, B.shape[1]) for B in words[1::2]]
+        rounded = _side_by_side([x.transpose(1, 2) for x in words], torch.int32)
+    gains = [None if gain is None else gain.to(wide).contiguous() for *_, gain in parts]
+    return [Low(*one) for one in zip(rounded[::2], rounded[1::2], gains, ranks, strict=True)]
+
+
+def _side_by_side(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Copies, of the same shapes."""
+    room = torch.empty(sum(x.numel() for x in tensors), dtype=dtype, device=tensors[0].device)
+    copies = [own.view(x.shape) for own, x in zip(room.split([x.numel() for x in tensors]), tensors, strict=True)]
+    torch._foreach_copy_(copies, list(tensors))
+    return copies
 
 
 def _padded(x: Tensor, rows: int, columns: int) -> Tensor:
@@ -96,17 +123,23 @@ class Grouped:
         weight: `[O, I]`, rows that lie close, or None: the base's product is made elsewhere.
         bias: `[O]` or None.
         size: outputs and inputs.
+        room: for adapters by the numbers 0 to `room` - 1, that come and go while others know where this lies.
     """
 
     def __init__(
-        self, weight: Tensor | None, bias: Tensor | None, size: tuple[int, int], lows: Mapping[int, Low]
+        self,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        size: tuple[int, int],
+        lows: Mapping[int, Low],
+        room: int = 0,
     ) -> None:
-        self.weight, self.lows = weight, lows
+        self.weight, self.lows = weight, dict(lows)
         self.bias = (
             None if bias is None else bias.detach().to(torch.promote_types(bias.dtype, torch.float32)).contiguous()
         )
         self.outputs, self.inputs = size
-        table = (Factors * (max(lows, default=-1) + 1))()
+        table = (Factors * max(room, max(lows, default=-1) + 1))()
         for number, low in lows.items():
             table[number] = low.told()
         self.told = SiteOf(
@@ -114,10 +147,19 @@ class Grouped:
             None if self.bias is None else self.bias.data_ptr(),
             self.inputs,
             self.outputs,
-            table if lows else None,
+            table if len(table) else None,
             len(table),
         )
         self._table = table
+
+    def take(self, number: int, low: Low) -> None:
+        """From now on adapter `number`, for which there is room, adds this."""
+        self.lows[number], self._table[number] = low, low.told()
+
+    def drop(self, number: int) -> None:
+        """From now on it adds nothing."""
+        if self.lows.pop(number, None) is not None:
+            self._table[number] = Factors()
 
     def product(self, x: Tensor, adapters: Adapters) -> Tensor:
         """`[N, O]` of x `[N, I]`, rows close."""

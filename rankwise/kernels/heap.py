@@ -17,6 +17,7 @@ from contextlib import suppress
 _TUNABLES = "GLIBC_TUNABLES"
 _NO_THREAD_CACHE = "glibc.malloc.tcache_count=0"
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _LARGEST_FAST = -1, -3, 1  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MXFAST
+_MOST_HEAPS = -8  # M_ARENA_MAX
 
 
 def keep_freed_memory() -> bool:
@@ -25,11 +26,24 @@ def keep_freed_memory() -> bool:
     By default it returns every large block to the kernel and faults it in again, page by page, a microsecond each:
     30-40 % of a training step, measured.  The limit for blocks of their own is the largest that glibc takes, 32 MiB.
     """
+    return _tell((_TRIM_THRESHOLD, 2**31 - 1), (_MMAP_THRESHOLD, 32 * 2**20), (_LARGEST_FAST, 0))
+
+
+def share_one_heap() -> bool:
+    """Tells glibc to give threads no heaps of their own from now on; True where there was a glibc to tell.
+
+    By default each thread that comes is given one, and what it frees there no other can have.  Where whatever thread is
+    free reads what another lets go of later, every heap grows to the most that was ever in it.  To be said before there
+    are many threads: the first few heaps decide how many there may be, and who has one keeps it.
+    """
+    return _tell((_MOST_HEAPS, 1))
+
+
+def _tell(*told: tuple[int, int]) -> bool:
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return False
-    told = ((_TRIM_THRESHOLD, 2**31 - 1), (_MMAP_THRESHOLD, 32 * 2**20), (_LARGEST_FAST, 0))
     said = [mallopt(option, value) for option, value in told]
     return all(said)
 

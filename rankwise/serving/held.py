@@ -66,6 +66,7 @@ class Held:
         self._store = Store(0)
         self._offset: float | None = None  # of the norms, where the layers are a plain decoder's
         self._layers: DecoderLayers | None = None
+        self._known: tuple[Any, ...] = ()  # of what, when the last three were found
         self._held = ExitStack()
 
     def __enter__(self) -> Held:
@@ -79,6 +80,7 @@ class Held:
 
     def __exit__(self, *_: object) -> None:
         self._held.close()
+        self._layers, self._known = None, ()
 
     @property
     def bytes_per_token(self) -> int:
@@ -107,14 +109,21 @@ class Held:
         self._let_go()
         self.rack.refresh()
         self.rack.put_up()
+        known = self._outlet, self._offset, self._store, self.rack.turn
+        if known != self._known:
+            self._known = known
+            self._look()
+
+    def _look(self) -> None:
+        """Finds out how the model goes as it stands."""
         self._open = self._outlet(self.model)
         self._head = None if self._open.head is None else self.rack.linear(self._open.head)
+        self._layers = None
         if self._offset is not None:
             self._layers = decoder_layers(self.model, self.rack, self._store, self._offset)
 
     def _let_go(self) -> None:
         self.rack.take_down()
-        self._layers = None
 
     def _take_hold(self, held: ExitStack) -> None:
         want = self._alone()
@@ -142,6 +151,7 @@ class Held:
             if self._refused(want) is None:
                 return
         self._offset = self._layers = None
+        self._known = ()
 
     # ── a step ───────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -273,7 +273,7 @@ class Pool:
             if victim is not None:
                 bank.remove(victim)
             if comer is not None:
-                bank.put(comer[0], comer[1].adapter)
+                bank.take(comer[0], comer[1].adapter)
 
         await asyncio.wrap_future(self.engine.between_steps(work))
 

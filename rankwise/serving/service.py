@@ -21,6 +21,7 @@ from rankwise.errors import RankwiseError, SpecError, listing
 from rankwise.frozen.load import Base, load_base
 from rankwise.jobs.evaluate import as_trained
 from rankwise.jobs.watch import Watch
+from rankwise.kernels.heap import share_one_heap
 from rankwise.kernels.sizes import Storage
 from rankwise.serving.admission import Admission
 from rankwise.serving.app import Server, build_app
@@ -101,6 +102,7 @@ class Service:
     """
 
     def __init__(self, asked: ServeRequest, watch: Watch) -> None:
+        share_one_heap()
         self.asked, self.watch = asked, watch
         self._socket = _bound(asked.host, asked.port)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -172,7 +174,7 @@ class Service:
     def _merged(self, admission: Admission, name: str, folder: Path) -> Merged:
         checked_name(name)
         found = admission.read(folder)
-        self.bank.put(name, found.adapter)
+        self.bank.take(name, found.adapter)
         self.bank.merge(name)
         return Merged(name, folder, Through(name, found.digest))
 

@@ -9,11 +9,12 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from zlib import crc32
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rankwise.adapters.adapter import Adapter, checked_name
 from rankwise.adapters.dropout import mixed
@@ -35,11 +36,6 @@ from rankwise.surgery.saving import warn_of_sites
 from rankwise.surgery.sites import Site, choose_modules, choose_sites, find_sites
 from rankwise.surgery.tokens import TokenLayer
 from rankwise.surgery.vocabulary import Vocabulary, declare_untied
-
-
-def _as_own(tensor: Tensor) -> Tensor:
-    """A copy, float32 where it is of floats."""
-    return tensor.to(torch.float32, copy=True) if tensor.is_floating_point() else tensor.clone()
 
 
 class Bank:
@@ -152,17 +148,16 @@ class Bank:
             BankError: as `add`.
             AdapterMismatchError: lists every part that does not fit this model.
         """
-        self._put(name, adapter, seed, copied=True)
+        own = {path: copy.deepcopy(factors).float() for path, factors in adapter.sites.items()}
+        self.take(name, replace(adapter, sites=own), seed)
 
-    def _put(self, name: str, adapter: Adapter, seed: int, *, copied: bool) -> None:
-        """Of an adapter that nobody else has tensors alone are `copied`: they may lie in a file."""
+    def take(self, name: str, adapter: Adapter, seed: int = 0) -> None:
+        """As `put`, of an adapter in float32 that nobody else has: its factors are the bank's now, none is copied."""
         named = {path: site for site in self.sites.values() for path in (site.path, *site.aliases)}
         check_fits(adapter, named, self.modules, self.vocabulary)
         given = {named[path].path: one for path, one in adapter.sites.items()}
-        own = {path: copy.deepcopy(given[path]) if copied else given[path] for path in self.sites if path in given}
-        factors = {path: one.float() if copied else one._apply(_as_own) for path, one in own.items()}
-        tokens = self.vocabulary.brought(adapter)
-        self._hold(name, replace(adapter, sites=factors, tokens=tokens), seed)
+        factors = {path: given[path] for path in self.sites if path in given}
+        self._hold(name, replace(adapter, sites=factors, tokens=self.vocabulary.brought(adapter)), seed)
 
     def load(self, name: str, folder: str | Path, *, rank: int | None = None, force: bool = False) -> None:
         """Adds an adapter from a folder in PEFT's format, ours or anyone's; a nested one at a `rank`, if one is given.
@@ -179,9 +174,10 @@ class Bank:
         adapter = read_adapter(folder)
         if not force:
             self.identity.check(folder, adapter)
-        self._put(name, adapter if rank is None else adapter.prefix(rank), 0, copied=False)
-        held = self.adapter(name)
-        if not held.modules and not held.tokens and all(factors.changes_nothing() for factors in held.sites.values()):
+        self.take(name, adapter if rank is None else adapter.prefix(rank))
+        held = self._members[name]
+        factors = (self._stands[path].of(name) for path in held.sites)
+        if not held.modules and not held.tokens and all(one.changes_nothing() for one in factors):
             warnings.warn(f"{folder}: ΔW is zero at every site; the adapter changes nothing", RankwiseWarning, 2)
 
     def save(self, name: str, folder: str | Path, facts: Mapping[str, Any] | None = None) -> None:
@@ -224,6 +220,11 @@ class Bank:
             self._let_go()
 
     @property
+    def stands(self) -> Mapping[str, Stand]:
+        """What stands in the place of a module of the base, by path."""
+        return MappingProxyType(self._stands)
+
+    @property
     def _token_layers(self) -> list[TokenLayer]:
         return [stand for stand in self._stands.values() if isinstance(stand, TokenLayer)]
 
@@ -262,25 +263,26 @@ class Bank:
     def _admit(self, name: str, adapter: Adapter, tables: Mapping[str, TokenRows], seed: int) -> None:
         if not self._members:
             self.model.requires_grad_(False)
-        for path in (*adapter.sites, *adapter.modules, *tables):
-            self.router.watch(self.model, path)
         for path, factors in adapter.sites.items():
             stand = self._stands.get(path) or AdaptedLayer(self.sites[path], self.router, crc32(path.encode()))
-            stand.admit(name, factors, seed)
-            self._place(path, stand)
+            self._placed(path, stand).admit(name, factors, seed)
         for path, tensors in adapter.modules.items():
             stand = self._stands.get(path) or CopiedLayer(path, self.modules[path], self.router)
-            stand.admit(name, tensors, seed)
-            self._place(path, stand)
+            self._placed(path, stand).admit(name, tensors, seed)
         for path, rows in tables.items():
             stand = self._stands.get(path) or self.vocabulary.stand(path, self.router)
-            stand.admit(name, rows, seed)
-            self._place(path, stand)
+            self._placed(path, stand).admit(name, rows, seed)
         self.vocabulary.reach(self._token_layers)
 
+    def _placed(self, path: str, stand: Stand) -> Stand:
+        """The same, in its place."""
+        if path not in self._stands:
+            self.router.watch(self.model, path)
+            self._stands[path] = stand
+            self._place(path, stand)
+        return stand
+
     def _place(self, path: str, module: nn.Module) -> None:
-        if isinstance(module, Stand):
-            self._stands[path] = module
         site = self.sites.get(path)
         for place in (path, *(site.aliases if site else ())):
             parent, _, leaf = place.rpartition(".")

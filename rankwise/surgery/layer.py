@@ -100,7 +100,8 @@ class AdaptedLayer(Stand):
         device = self.kind.held(self.base).device
         own = own if own.A.device == device else own.to(device)
         self.adapters[key_of(name)] = own if own.training == self.training else own.train(self.training)
-        own.meet(self.kind.weight(self.base))
+        if own.m is not None:
+            own.meet(self.kind.weight(self.base))
         self.seeds[name] = seed
         self._known_norms.pop(name, None)
 

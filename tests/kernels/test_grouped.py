@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rankwise.kernels.grouped import Adapters, Grouped, Low, serves_grouped
+from rankwise.kernels.grouped import Adapters, Grouped, laid_out, serves_grouped
 from rankwise.kernels.library import native
 
 SIZES = [(48, 32), (50, 39), (200, 136), (34, 17)]  # inputs, outputs
@@ -36,7 +36,7 @@ def case(inputs: int, outputs: int, rows: int, dtype: torch.dtype) -> tuple[Grou
             plain = plain + scale * (B.double() @ (A.double() @ row))
             plain = plain if gain is None else plain * gain
         expected.append(plain + bias.double())
-    lows = {number: Low(*one, dtype) for number, one in owned.items()}
+    lows = dict(zip(owned, laid_out(list(owned.values()), dtype), strict=True))
     adapters = Adapters.of([(number, 1) for number in numbers])
     grouped = Grouped(weight, bias, (outputs, inputs), lows)
     return grouped, x, (base + bias.double()).to(dtype), adapters, torch.stack(expected)
@@ -82,5 +82,5 @@ def test_what_is_served():
 
 
 def test_bytes_that_are_held():
-    low = Low(torch.ones(5, 64), torch.ones(32, 5), 1.0, torch.ones(32), torch.float64)
+    (low,) = laid_out([(torch.ones(5, 64), torch.ones(32, 5), 1.0, torch.ones(32))], torch.float64)
     assert low.nbytes == 8 * (8 * 64 + 32 * 8 + 32)

@@ -1,6 +1,6 @@
 import platform
 
-from rankwise.kernels.heap import keep_freed_memory, without_thread_cache
+from rankwise.kernels.heap import keep_freed_memory, share_one_heap, without_thread_cache
 
 GLIBC = platform.libc_ver()[0] == "glibc"
 
@@ -9,6 +9,10 @@ def test_telling_glibc_to_keep_memory_is_harmless_twice_and_where_there_is_none(
     first = keep_freed_memory()
     assert keep_freed_memory() == first
     assert first == GLIBC
+
+
+def test_threads_can_be_given_one_heap():
+    assert share_one_heap() == GLIBC
 
 
 def test_the_environment_gains_one_tunable_and_loses_nothing():

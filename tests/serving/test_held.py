@@ -1,6 +1,7 @@
 """A step's logits against the model's own, through one adapter alone; which models are served, and how far."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -110,6 +111,65 @@ def test_a_parameter_that_was_written_to_is_taken_in_between_steps():
             moved(bank, "a", seed=9, size=0.1)
             want = expected_apart(bank, held)
         assert agree(stepped(held), want)
+
+
+def test_adapters_come_and_go_and_those_beside_them_stay_as_they_were():
+    """A name that is given again, sites that the others have not, more adapters than there was room for."""
+    bank = three(tiny("llama"))
+    with Held(bank) as held:
+        held.make_room(16 * len(NAMES))
+        laid = held.rack.nbytes
+        with held.apart():
+            want = expected_apart(bank, held)
+        for turn in range(3):
+            with held.apart():
+                for i in range(7):
+                    trained(bank, f"more{i}", spec(("q_proj", "lm_head"), rank=8), 10 * turn + i, size=0.1)
+            assert held.rack.nbytes > laid
+            assert agree(stepped(held), want)
+            with held.apart():
+                bank.remove("b")
+                trained(bank, "b", spec(("v_proj",)), turn, size=0.1)
+                want = expected_apart(bank, held)
+            assert agree(stepped(held), want)
+            with held.apart():
+                bank.remove("b")
+                trained(bank, "b", spec("all-linear", rank=6), 1, size=0.1)
+                for i in range(7):
+                    bank.remove(f"more{i}")
+                want = expected_apart(bank, held)
+            assert agree(stepped(held), want)
+            assert held.rack.nbytes == laid
+
+
+def test_what_only_joins_leaves_products_and_layers_where_they_are():
+    bank = three(tiny("llama"))
+    with Held(bank) as held:
+        held.make_room(16 * len(NAMES))
+        turn, layers = held.rack.turn, held._layers
+        with held.apart():
+            trained(bank, "d", spec("all-linear", rank=4), 7, size=0.1)
+        assert (held.rack.turn, held._layers) == (turn, layers)
+        with held.apart():
+            bank.merge("a")
+        assert held.rack.turn != turn
+        with held.apart():
+            bank.unmerge()
+            want = expected_apart(bank, held)
+        assert agree(stepped(held), want)
+
+
+def test_factors_of_who_has_gone_are_freed():
+    bank = three(tiny("llama"))
+    with Held(bank) as held:
+        held.make_room(16 * len(NAMES))
+        with held.apart():
+            trained(bank, "d", spec("all-linear"), 3)
+        gone = [weakref.ref(p) for _, p in bank.named_parameters("d")]
+        gone += [weakref.ref(shelf.grouped.lows[3].A) for shelf in held.rack._layers.values()]
+        with held.apart():
+            bank.remove("d")
+        assert [ref() for ref in gone if ref() is not None] == []
 
 
 def expected_apart(bank: Bank, held: Held) -> list[Tensor]:
