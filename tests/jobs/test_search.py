@@ -144,7 +144,7 @@ class Killer(Listener):
         return Stage()
 
 
-@pytest.mark.parametrize("step", ["rate", "ladder", "confirm", "ship"])
+@pytest.mark.parametrize("step", ["rate", "ship"])
 def test_killed_and_resumed_it_ends_with_the_same_answers(world, rows, tmp_path, found, step):
     with pytest.raises(Interrupted) as heard:
         searched(world, rows, tmp_path / "s", Killer(step), also=("form=dora",))
