@@ -6,7 +6,7 @@ Each DIR holds train.jsonl, valid.jsonl and test.jsonl.  For each: (1) the searc
 run of the grid's middle by PEFT and transformers' Trainer with the validation loss at its end, in each number format
 that the machine multiplies, of which the faster one times a grid that is run one by one; (3) the grid, every rate ×
 every rank at full length with one seed, through the same engine, of which the search knows nothing; (4) the adapter of
-the grid's best rate at rank 32, made smaller by `compress` on the validation documents.
+the grid's best rate at rank 32, made smaller by `compress` on documents that nobody has used so far.
 
 The regret is the loss of what was recommended less that of what the grid would have recommended, its lowest loss on the
 validation documents, measured on the test documents, which neither looked at.  `hindsight` is the same against the
@@ -32,15 +32,19 @@ from where import machine
 RANKS = (2, 4, 8, 16, 32, 64)
 POWERS = (-2, -1, 0, 1, 2, 3)
 ALPHA, RANK, LARGE, LENGTH = 32, 16, 32, 256
+SPARE = 1000  # documents for `compress`
 
 
-def request(arguments: argparse.Namespace, data: Path, out: Path) -> Any:
+def request(arguments: argparse.Namespace, data: Path, out: Path, *, spare: bool = False) -> Any:
+    """What is searched in; `spare` documents, behind those that are learnt from, may take the place of the valid ones."""
     from rankwise.jobs.request import TrainRequest
 
     files = {}
     for part, most in (("train", arguments.documents), ("valid", arguments.judged), ("test", arguments.judged)):
-        rows = (data / f"{part}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:most]
-        place = out.parent / f"{data.name}-{part}.jsonl"
+        first = arguments.documents if spare and part == "valid" else 0
+        source = data / ("train.jsonl" if first else f"{part}.jsonl")
+        rows = source.read_text(encoding="utf-8").splitlines(keepends=True)[first:][: SPARE if first else most]
+        place = out.parent / f"{out.name}-{part}.jsonl"
         place.write_text("".join(rows), encoding="utf-8")
         files[part] = str(place)
     settings = {"alpha": ALPHA, "rank": RANK, "lr": arguments.lr, "max_length": LENGTH, "epochs": arguments.epochs}
@@ -109,7 +113,9 @@ def _against_grid(arguments: argparse.Namespace, data: Path, out: Path, told: di
         choice, best = lowest(chosen_by), lowest(means)
         gain = advisor.gain(losses[choice], "confirm")["mean"]
         of_large = [i for i, (_, rank) in enumerate(cells) if rank == LARGE]
-        smaller = cut(advisor, candidates[of_large[lowest([chosen_by[i] for i in of_large])]])
+        large = candidates[of_large[lowest([chosen_by[i] for i in of_large])]]
+        with tempfile.TemporaryDirectory() as folder:
+            smaller = cut(advisor, large, request(arguments, data, Path(folder), spare=True))
         items = advisor.trials.items("confirm")
         return {
             "documents": {which: len(advisor.trials.items(which)) for which in ("choose", "confirm")},
@@ -134,17 +140,21 @@ def _regret(ours: Any, theirs: Any, items: Any, gain: float) -> dict[str, Any]:
     return {"mean": apart.mean, "error": apart.error, "allowed": allowed, "within": apart.mean <= allowed}
 
 
-def cut(advisor: Any, candidate: Any) -> dict[str, Any]:
+def cut(advisor: Any, candidate: Any, spare: Any) -> dict[str, Any]:
     """What `compress` leaves of a large adapter, judged on documents that neither it nor training has seen."""
     from rankwise.engine.evaluate import measured
     from rankwise.errors import DataError
+    from rankwise.jobs.search import SearchRequest, opened
+    from rankwise.jobs.watch import Quiet
     from rankwise.search.compression import compress
 
+    with opened(SearchRequest(), spare, Quiet()) as (other, _, _):
+        fresh = other.trials.documents
     trials = advisor.trials
     bank, items = trials.bank, trials.items("confirm").sum()
     bank.put("large", trials.adapter("grid", candidate, 0))
     try:
-        found = compress(bank, "large", trials.documents.choose, frequencies=trials.documents.frequencies)
+        found = compress(bank, "large", fresh.choose, frequencies=fresh.frequencies)
     except DataError as reason:
         return {"fewer": 0.0, "why": reason.message.splitlines()[0]}
     bank.put("small", found.adapter)
@@ -153,7 +163,8 @@ def cut(advisor: Any, candidate: Any) -> dict[str, Any]:
         bank.remove(name)
     base = trials.base("confirm").sum() / items
     share = found.chosen.parameters / found.parameters
-    return {"rank": LARGE, "lr": candidate.run.lr, "fewer": 1 - share, "gain_lost": (small - large) / (base - large)}
+    told = {"rank": LARGE, "lr": candidate.run.lr, "documents": len(fresh.choose), "fewer": 1 - share}
+    return told | {"gain_lost": float((small - large) / (base - large))}
 
 
 def _peft(arguments: argparse.Namespace, data: Path, dtype: str) -> float:
