@@ -36,7 +36,7 @@ SPARE = 1000  # documents for `compress`
 
 
 def request(arguments: argparse.Namespace, data: Path, out: Path, *, spare: bool = False) -> Any:
-    """What is searched in; `spare` documents, behind those that are learnt from, may take the place of the valid ones."""
+    """What is searched in; with `spare`, documents behind what is learnt from take the place of the valid ones."""
     from rankwise.jobs.request import TrainRequest
 
     files = {}
