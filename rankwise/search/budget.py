@@ -36,7 +36,7 @@ class Budget:
 _HALVED = (1 / 8, 1 / 4, 1.0)  # a short run prefers a higher rate than a long one: the last rung has the full length
 
 BUDGETS = {
-    "express": Budget(3, 1 / 4, (-2, -1, 0, 1, 2), (1 / 8, 1 / 2), 1 / 4, targets=False, ladder=False, confirm_seeds=1),
+    "express": Budget(3, 1 / 4, (-2, -1, 0, 1, 2), (1 / 4,), 1 / 4, targets=False, ladder=False, confirm_seeds=1),
     "standard": Budget(3, 1 / 4, (-2, -1, 0, 1, 2, 3), _HALVED, 1 / 4, confirm_seeds=3, control=True),
     "full": Budget(5, 1 / 4, (-3, -2, -1, 0, 1, 2, 3, 4), _HALVED, 1 / 2, nested=True, confirm_seeds=5, control=True),
 }

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from rankwise.search.case import Case, known
 from rankwise.search.rule import Standing, lowest, standings
@@ -12,7 +15,7 @@ _EXTENDED = 3  # rates beyond either end of the ladder that are tried at most
 
 @dataclass(frozen=True)
 class _Rung:
-    """Rates of one length, ascending, and what they gave; `learns`: the best is measurably better than the base."""
+    """Rates of one length, ascending, and what they gave; `learns`: the best one's losses moved at all."""
 
     rates: list[float]
     standing: list[Standing]
@@ -54,8 +57,9 @@ def find_rate(case: Case) -> None:
 def _rung(case: Case, rates: list[float], share: float) -> _Rung:
     """Rates of one length, with neighbours of the best until it has one on either side.
 
-    Where even the best is not measurably better than the base, the length says nothing about rates (the lower one is,
-    the nearer it stays to the base), and none is tried beyond.
+    Where even the best has learnt nothing, the length says nothing about rates (the lower one is, the nearer it stays
+    to the base), and none is tried beyond.  One that is no better than the base although its training losses fell has
+    learnt its documents by heart, which is a reason to go lower.
     """
     for extended in range(_EXTENDED + 1):
         found = case.trials.made("rate", [case.candidate(lr=lr) for lr in rates], [0], share)
@@ -63,8 +67,19 @@ def _rung(case: Case, rates: list[float], share: float) -> _Rung:
         best = lowest(case.means(losses))
         gain = case.gain(known(losses[best]))
         standing = standings(losses, case.trials.items("choose"), gain["mean"], case.noise)
-        rung = _Rung(rates, standing, [row[0].status for row in found], best, gain["low"] > 0)
+        learns = gain["low"] > 0 or _fell([loss for _, loss in found[best][0].curve])
+        rung = _Rung(rates, standing, [row[0].status for row in found], best, learns)
         if not rung.at_edge or not rung.learns or extended == _EXTENDED:
             break
         rates = sorted([*rates, rates[best] * (0.5 if best == 0 else 2.0)])
     return rung
+
+
+def _fell(losses: Sequence[float]) -> bool:
+    """Whether training losses are lower in their last third than in the first, by more than steps differ."""
+    third = len(losses) // 3
+    if third < 2:
+        return False
+    first, last = np.array(losses[:third]), np.array(losses[-third:])
+    error = np.sqrt((first.var(ddof=1) + last.var(ddof=1)) / third)
+    return bool(first.mean() - last.mean() > 2 * error)

@@ -1,5 +1,6 @@
 """A search from files to a recommendation, killed and gone on with, and its winner trained again."""
 
+import json
 import os
 import shlex
 import signal
@@ -168,6 +169,17 @@ def test_where_nothing_is_learnt_no_rate_is_dropped_and_none_is_tried_beyond(wor
     found = searched(world, rows, tmp_path / "s", until="rate", train={"lr": 1e-20})["rate"]
     assert [[point["kept"] for point in rung["points"]] for rung in found["rungs"]] == [[True] * 6] * 3
     assert found["interior"] is False
+
+
+def test_where_documents_are_learnt_by_heart_lower_rates_are_tried(world, rows, tmp_path):
+    """None is better than the base on documents of another kind, and it is not for want of learning."""
+    other = tmp_path / "other.jsonl"
+    kinds = [{"prompt": f"{word} {word}", "completion": word[::-1] * 3} for word in ("quick", "brown", "fox", "lazy")]
+    other.write_text("".join(json.dumps(row) + "\n" for row in 6 * kinds), encoding="utf-8")
+    own = {"valid": str(other), "test": str(other), "max_steps": 24}
+    found = searched(world, rows, tmp_path / "s", until="rate", train=own)["rate"]
+    assert min(point["lr"] for point in found["rungs"][-1]["points"]) < BEGIN["lr"] / 4
+    assert [point["kept"] for point in found["rungs"][0]["points"]].count(True) < 6
 
 
 def test_without_files_to_judge_by_a_quarter_is_held_back_in_halves(world, rows, tmp_path):
