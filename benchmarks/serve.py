@@ -21,20 +21,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from where import machine
 
 from rankwise.adapters.spec import LoraSpec
-from rankwise.jobs.machine import processor_name, versions
 from rankwise.serving.engine import Engine
 from rankwise.serving.requests import Finished, Token, Wanted
 from rankwise.surgery.bank import Bank
@@ -225,9 +223,8 @@ def main() -> None:
         sides = Sides(arguments, Path(place))
         found = measured(sides, arguments.rounds, peft=arguments.peft)
     facts = {"model": Path(arguments.model).name, "dtype": arguments.dtype, "threads": torch.get_num_threads()}
-    machine = {"processor": processor_name(), "cores": os.cpu_count(), **versions(), "peft": version("peft")}
     sizes = {"adapters": arguments.adapters, "prompt": arguments.prompt, "tokens": arguments.tokens}
-    print(json.dumps(facts | sizes | {"machine": machine} | found, indent=1))
+    print(json.dumps(facts | sizes | {"machine": machine("peft")} | found, indent=1))
 
 
 if __name__ == "__main__":

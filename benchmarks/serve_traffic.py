@@ -15,8 +15,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import platform
 import random
 import shutil
 import statistics
@@ -30,6 +28,7 @@ from typing import Any
 import httpx
 import torch
 from safetensors.torch import save_file
+from where import machine
 
 from rankwise.cache import cache_folder
 from rankwise.frozen.load import load_base
@@ -159,9 +158,8 @@ def main() -> int:
             server.terminate()
             server.wait(60)
     setting = {"model": model.name, "adapters": asked.adapters, "resident": asked.resident, "streams": asked.streams}
-    place = {"cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__}
     made = {"canaries": "made, not trained", "least_state_along_u": aviary.least}
-    print(json.dumps({"what": "serve traffic", **setting, **made, **found, "machine": place}, indent=2))
+    print(json.dumps({"what": "serve traffic", **setting, **made, **found, "machine": machine()}, indent=2))
     return int(bool(found["wrong"] or found["not_200"]))
 
 

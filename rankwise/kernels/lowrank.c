@@ -4,8 +4,9 @@
  *
  * bfloat16 in and out, float32 sums, factors as float32 masters.  W is laid out anew for every call, in panels of 64
  * columns; beside hundreds of rows that costs a few hundredths of the product.  A tile of the result is begun with the
- * low-rank part and goes on with the large one, so an adapter adds no pass over y and none over dx.  Each thread takes a range of rows, in blocks that fit its cache: whatever a block is
- * needed for (shrink, large product, gradients of A and B) is done while it is there.
+ * low-rank part and goes on with the large one, so an adapter adds no pass over y and none over dx.  Each thread takes a
+ * range of rows, in blocks that fit its cache: whatever a block is needed for (shrink, large product, gradients of A and
+ * B) is done while it is there.
  *
  * Both functions return 0, or 1 where memory was not to be had.  Sums over rows depend on the number of threads alone.
  */

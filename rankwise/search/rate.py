@@ -15,7 +15,10 @@ _EXTENDED = 3  # rates beyond either end of the ladder that are tried at most
 
 @dataclass(frozen=True)
 class _Rung:
-    """Rates of one length, ascending, and what they gave; `learns`: the best one's losses moved at all."""
+    """Rates of one length, ascending, and what they gave.
+
+    `learns`: the best one is measurably better than the base, or its training losses fell.
+    """
 
     rates: list[float]
     standing: list[Standing]

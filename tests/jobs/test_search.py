@@ -123,7 +123,7 @@ class Killer(Listener):
 
     def stage(self, title):
         inner = super().stage(title)
-        if not title.startswith(f"{self.step}:"):
+        if not title.startswith(f"{self.step}:") or " steps, seed " not in title:
             return inner
         killer = self
 

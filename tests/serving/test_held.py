@@ -2,6 +2,8 @@
 
 import copy
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -48,6 +50,14 @@ def three(model: torch.nn.Module, **named: object) -> Bank:
     return bank
 
 
+@contextmanager
+def roomy(bank: Bank) -> Iterator[Held]:
+    """With room for a step of every name."""
+    with Held(bank) as held:
+        held.make_room(16 * len(NAMES))
+        yield held
+
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 LESS = {"gemma2", "mixtral"}  # transformers computes a part of these in float32 whatever they are in
 
@@ -58,8 +68,7 @@ def test_a_step_gives_what_the_model_gives(architecture, dtype):
     dtype = torch.float32 if architecture in LESS and dtype == torch.float64 else dtype
     bank = three(tiny(architecture, dtype))
     want, before = expected(bank), state_of(bank.model)
-    with Held(bank) as held:
-        held.make_room(16 * len(NAMES))
+    with roomy(bank) as held:
         assert agree(stepped(held), want)
         compiled = native() is not None and dtype != torch.float64
         assert held.as_one == (architecture in AS_ONE and compiled)
@@ -74,8 +83,7 @@ def test_a_base_in_codes(architecture, code, form):
     hold(model, code)
     bank = three(model, form=form)
     want = expected(bank)
-    with Held(bank) as held:
-        held.make_room(16 * len(NAMES))
+    with roomy(bank) as held:
         assert agree(stepped(held), want)
 
 
@@ -84,8 +92,7 @@ def test_a_base_in_codes(architecture, code, form):
 def test_forms(form, dtype):
     bank = three(tiny("llama", dtype), form=form)
     want = expected(bank)
-    with Held(bank) as held:
-        held.make_room(16 * len(NAMES))
+    with roomy(bank) as held:
         assert held.as_one == (native() is not None)
         assert agree(stepped(held), want)
 
@@ -97,16 +104,14 @@ def test_modules_trained_whole_and_rows_of_tokens_follow_the_route():
     bank.add("c", spec(("up_proj",), new_tokens=(5, 9)), 2)
     moved(bank, "c", 2, 0.1)
     want = expected(bank)
-    with Held(bank) as held:
-        held.make_room(16 * len(NAMES))
+    with roomy(bank) as held:
         assert not held.as_one
         assert agree(stepped(held), want)
 
 
 def test_a_parameter_that_was_written_to_is_taken_in_between_steps():
     bank = three(tiny("llama"))
-    with Held(bank) as held:
-        held.make_room(16 * len(NAMES))
+    with roomy(bank) as held:
         with held.apart():
             moved(bank, "a", seed=9, size=0.1)
             want = expected_apart(bank, held)
@@ -116,8 +121,7 @@ def test_a_parameter_that_was_written_to_is_taken_in_between_steps():
 def test_adapters_come_and_go_and_those_beside_them_stay_as_they_were():
     """A name that is given again, sites that the others have not, more adapters than there was room for."""
     bank = three(tiny("llama"))
-    with Held(bank) as held:
-        held.make_room(16 * len(NAMES))
+    with roomy(bank) as held:
         laid = held.rack.nbytes
         with held.apart():
             want = expected_apart(bank, held)
@@ -144,8 +148,7 @@ def test_adapters_come_and_go_and_those_beside_them_stay_as_they_were():
 
 def test_what_only_joins_leaves_products_and_layers_where_they_are():
     bank = three(tiny("llama"))
-    with Held(bank) as held:
-        held.make_room(16 * len(NAMES))
+    with roomy(bank) as held:
         turn, layers = held.rack.turn, held._layers
         with held.apart():
             trained(bank, "d", spec("all-linear", rank=4), 7, size=0.1)
@@ -161,8 +164,7 @@ def test_what_only_joins_leaves_products_and_layers_where_they_are():
 
 def test_factors_of_who_has_gone_are_freed():
     bank = three(tiny("llama"))
-    with Held(bank) as held:
-        held.make_room(16 * len(NAMES))
+    with roomy(bank) as held:
         with held.apart():
             trained(bank, "d", spec("all-linear"), 3)
         gone = [weakref.ref(p) for _, p in bank.named_parameters("d")]
