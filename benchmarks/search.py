@@ -105,8 +105,8 @@ def _against_grid(arguments: argparse.Namespace, data: Path, out: Path, told: di
     with opened(SearchRequest(ranks=RANKS), request(arguments, data, out), Quiet()) as (advisor, _, _):
         cells = [(arguments.lr * 2.0**power, rank) for power, rank in product(POWERS, RANKS)]
         candidates = [advisor.candidate(rank, lr) for lr, rank in cells]
-        grid = advisor.trials.made("grid", candidates, [0], 1.0)
-        own = advisor.trials.made("grid", [advisor.candidate(told["rank"], told["lr"], told["targets"])], [0], 1.0)
+        grid = advisor.trials.confirmed("grid", candidates, [0])
+        own = advisor.trials.confirmed("grid", [advisor.candidate(told["rank"], told["lr"], told["targets"])], [0])
         chosen_by = [advisor.mean(one) for one in advisor.losses(grid)]
         losses, ours = advisor.losses(grid, "confirm"), advisor.losses(own, "confirm")[0]
         means = [advisor.mean(one, "confirm") for one in losses]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -53,3 +55,21 @@ class Interrupt:
         if self.number is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.number = number
+
+
+@contextmanager
+def going_on(way_on: Callable[[bool], str]) -> Iterator[None]:
+    """Who stops what is within is told how to go on: `way_on(saved)`, where a second Ctrl-C did not wait for a save.
+
+    Raises:
+        Interrupted: of both; a second Ctrl-C is one too.
+    """
+    try:
+        yield
+    except Interrupted as heard:
+        heard.way_on = way_on(True)
+        raise
+    except KeyboardInterrupt:
+        at_once = Interrupted(signal.SIGINT)
+        at_once.way_on = way_on(False)
+        raise at_once from None

@@ -21,7 +21,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from rankwise.adapters.presets import TARGET_ROLES
 from rankwise.adapters.spec import DATA_STARTS
 from rankwise.engine.folder import LOCK, locked
-from rankwise.engine.interrupt import Interrupted
+from rankwise.engine.interrupt import Interrupt, going_on
 from rankwise.engine.look import Spectrum
 from rankwise.errors import RunFolderError, SpecError
 from rankwise.formats.tensors import write_text
@@ -96,12 +96,10 @@ def run_search(asked: SearchRequest, request: TrainRequest, watch: Watch) -> dic
         Interrupted: SIGINT or SIGTERM; `way_on` is the command to go on with.
     """
     _check(asked, request)
-    try:
-        with _held(request.out, resume=request.resume):
-            return _search(asked, request, watch)
-    except Interrupted as heard:
-        heard.way_on = f"; the trials so far are kept.  Go on with:\n  {_command(asked, request)} --resume"
-        raise
+    way_on = f"; the trials so far are kept.  Go on with:\n  {_command(asked, request)} --resume"
+    # What is not a pack, which saves itself, has nothing to save: it is stopped where it is.
+    with going_on(lambda _: way_on), Interrupt(at_once=True), _held(request.out, resume=request.resume):
+        return _search(asked, request, watch)
 
 
 def _check(asked: SearchRequest, request: TrainRequest) -> None:

@@ -13,12 +13,12 @@ out/
 from __future__ import annotations
 
 import json
-import signal
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from rankwise.adapters.spec import LoraSpec
 from rankwise.engine.begin import COMPUTED_STARTS, begin
 from rankwise.engine.evaluate import Evaluation
 from rankwise.engine.folder import RunFolder, held_folder
-from rankwise.engine.interrupt import Interrupted
+from rankwise.engine.interrupt import going_on
 from rankwise.engine.loop import Outcome, train
 from rankwise.errors import DataError, RankwiseWarning
 from rankwise.formats.record import WHOLE
@@ -62,21 +62,14 @@ def run_training(request: TrainRequest, watch: Watch) -> dict[str, Any]:
         RankwiseError: of every kind; nothing of another run is overwritten, nothing learnt is lost.
         Interrupted: SIGINT or SIGTERM; what was learnt has been saved, and `way_on` is the command to go on with.
     """
-    try:
-        with held_folder(request.out, resume=request.resume) as folder:
-            return _run(request, folder, watch)
-    except Interrupted as heard:
-        heard.way_on = _way_on(request, "last whole step")
-        raise
-    except KeyboardInterrupt:  # the second Ctrl-C did not wait for that
-        at_once = Interrupted(signal.SIGINT)
-        at_once.way_on = _way_on(request, "last checkpoint")
-        raise at_once from None
+    with going_on(partial(_way_on, request)), held_folder(request.out, resume=request.resume) as folder:
+        return _run(request, folder, watch)
 
 
-def _way_on(request: TrainRequest, saved: str) -> str:
+def _way_on(request: TrainRequest, saved: bool) -> str:
     if RunFolder(request.out).begun:
-        return f"; everything up to the {saved} is saved.  Go on with:\n  {request.command()} --resume"
+        last = "whole step" if saved else "checkpoint"
+        return f"; everything up to the last {last} is saved.  Go on with:\n  {request.command()} --resume"
     return f" before the first step.  Begin again with:\n  {request.command()}"
 
 

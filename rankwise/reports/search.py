@@ -213,6 +213,7 @@ class Confirmed:
     rank: PositiveInt
     loss: FiniteFloat
     delta: Bounded | None
+    verdict: Judged
     gain: Delta
 
 

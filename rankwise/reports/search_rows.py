@@ -43,10 +43,9 @@ def methods_plot(methods: Methods, unit: str) -> Plot:
 
 
 def confirm_plot(confirm: Confirm, unit: str) -> Plot | None:
-    """The chosen rank against the best, on documents that no choice looked at."""
-    shades = {confirm.chosen: confirm.verdict}
+    """The chosen rank, and its neighbours, against the best, on documents that no choice looked at."""
     rows = [
-        _row(f"rank {point.rank}", point.delta, shades.get(point.rank, ""), "finished")
+        _row(f"rank {point.rank}", point.delta, point.verdict, "finished")
         for point in confirm.points
         if point.delta is not None
     ]

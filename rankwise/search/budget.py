@@ -17,6 +17,7 @@ class Budget:
         confirm_seeds: with how many seeds the chosen rank is confirmed, and ranks by layer are compared.
         targets: whether layers are compared.
         ladder: whether each rank is trained, or one large one is cut.
+        neighbours: whether the ranks beside the chosen one are confirmed with it.
         nested: whether one adapter is trained at all ranks at once, beside the ladder.
         control: whether what is left of an adapter is checked against training at its ranks.
     """
@@ -29,6 +30,7 @@ class Budget:
     confirm_seeds: int
     targets: bool = True
     ladder: bool = True
+    neighbours: bool = False
     nested: bool = False
     control: bool = False
 
@@ -38,5 +40,15 @@ _HALVED = (1 / 8, 1 / 4, 1.0)  # a short run prefers a higher rate than a long o
 BUDGETS = {
     "express": Budget(3, 1 / 4, (-2, -1, 0, 1, 2), (1 / 4,), 1 / 4, targets=False, ladder=False, confirm_seeds=1),
     "standard": Budget(3, 1 / 4, (-2, -1, 0, 1, 2, 3), _HALVED, 1 / 4, confirm_seeds=3, control=True),
-    "full": Budget(5, 1 / 4, (-3, -2, -1, 0, 1, 2, 3, 4), _HALVED, 1 / 2, nested=True, confirm_seeds=5, control=True),
+    "full": Budget(
+        5,
+        1 / 4,
+        (-3, -2, -1, 0, 1, 2, 3, 4),
+        _HALVED,
+        1 / 2,
+        confirm_seeds=5,
+        neighbours=True,
+        nested=True,
+        control=True,
+    ),
 }

@@ -14,39 +14,51 @@ from rankwise.search.statistics import difference
 def confirm(case: Case) -> None:
     """The chosen rank and the best one; before that, whether ranks by layer are better here too.
 
+    Where the budget pays for it, the chosen rank's neighbours on the ladder too: they are told of, and decide nothing,
+    for these documents choose nothing.
+
     Raises:
         DataError: training fails with another seed.
     """
     ladder, seeds = case.record["ladder"], range(case.budget.confirm_seeds)
     if case.spec.rank_pattern:
         _confirm_allocation(case, seeds)
-    chosen = case.spec.rank
-    ranks = sorted({chosen, ladder["best"]} if ladder is not None else {chosen, case.ranks[-1]})
-    found = case.trials.made("confirm", [case.candidate(rank) for rank in ranks], seeds, 1.0)
-    losses = case.losses(found, "confirm")
-    if any(own is None for own in losses):
+    chosen, best = case.spec.rank, case.ranks[-1] if ladder is None else ladder["best"]
+    ranks = sorted({chosen, best, *_neighbours(case)})
+    found = case.trials.confirmed("confirm", [case.candidate(rank) for rank in ranks], seeds)
+    losses = dict(zip(ranks, case.losses(found, "confirm"), strict=True))
+    there = {rank: own for rank, own in losses.items() if own is not None}
+    if not {chosen, best} <= there.keys():
         raise DataError("training failed with another seed at the rate that was found", hint="take a lower --lr")
-    there = [own for own in losses if own is not None]
-    reference = len(ranks) - 1 if ladder is None else ranks.index(ladder["best"])
-    gain = case.gain(there[reference], "confirm")
-    noise = case.noise_with(there, "confirm")
-    standing = standings(there, case.trials.items("confirm"), gain["mean"], noise, best=reference)
-    verdict = "alone" if len(ranks) == 1 else standing[ranks.index(chosen)].verdict
+    gain, noise = case.gain(there[best], "confirm"), case.noise_with([*there.values()], "confirm")
+    items, first = case.trials.items("confirm"), [*there].index(best)
+    standing = dict(zip(there, standings([*there.values()], items, gain["mean"], noise, best=first), strict=True))
+    verdict = "alone" if chosen == best else standing[chosen].verdict
     points = [
-        {"rank": rank, "loss": one.loss, "delta": bounds(one.delta), "gain": case.gain(own, "confirm")}
-        for rank, one, own in zip(ranks, standing, there, strict=True)
+        {"rank": rank, "loss": one.loss, "delta": bounds(one.delta), "verdict": one.verdict}
+        | {"gain": case.gain(there[rank], "confirm")}
+        for rank, one in standing.items()
     ]
-    told = {"seeds": len(seeds), "tolerance": standing[ranks.index(chosen)].tolerance, "chosen": chosen}
-    case.record["confirm"] = told | {"verdict": verdict if verdict != "best" else "alone", "points": points}
-    if verdict in ("worse", "cannot tell") and ranks[reference] != chosen:
-        case.spec = case.spec.model_copy(update={"rank": ranks[reference], "rank_pattern": {}})
+    told = {"seeds": len(seeds), "tolerance": standing[chosen].tolerance, "chosen": chosen}
+    case.record["confirm"] = told | {"verdict": verdict, "points": points}
+    if verdict in ("worse", "cannot tell"):
+        case.spec = case.spec.model_copy(update={"rank": best, "rank_pattern": {}})
+
+
+def _neighbours(case: Case) -> list[int]:
+    """The next smaller and the next larger rank of the ladder that did not fail."""
+    if not case.budget.neighbours:
+        return []
+    there = [point["rank"] for point in case.record["ladder"]["points"] if point["verdict"] != "failed"]
+    at = there.index(case.spec.rank)
+    return there[max(0, at - 1) : at] + there[at + 1 : at + 2]
 
 
 def _confirm_allocation(case: Case, seeds: Sequence[int]) -> None:
     """Ranks by layer stay only if they are better than the uniform rank on these documents as well."""
     plain = case.spec.model_copy(update={"rank_pattern": {}})
     allocated = case.candidate()
-    found = case.trials.made("confirm", [allocated, case.candidate_of(plain)], seeds, 1.0)
+    found = case.trials.confirmed("confirm", [allocated, case.candidate_of(plain)], seeds)
     own, uniform = case.losses(found, "confirm")
     if own is None or uniform is None:
         raise DataError("training failed with another seed at the rate that was found", hint="take a lower --lr")

@@ -106,7 +106,8 @@ class Bench:
     def train(self, pack: Pack, adapters: Path, tell: Tell) -> list[Found]:
         """What each of its trials gave.
 
-        Of runs of full length and of the search's own seed the adapter is kept; those of other seeds are judged alone.
+        Of runs of full length and of the search's own seed the adapter is kept, and judged on the documents to confirm
+        on when somebody asks (`Trials.confirmed`); those of other seeds are judged on them now, and gone.
         """
         names, began = {f"c{number}": trial for number, trial in enumerate(pack.trials)}, time.monotonic()
         place = self.folder / pack.name
@@ -119,7 +120,7 @@ class Bench:
                 curves = _curves(folder.metrics, names)
             losses = self._judge(pack, statuses)
             for name, trial in names.items():
-                if statuses[name] == "finished" and self._is_whole(pack) and pack.seed == self.loop.seed:
+                if statuses[name] == "finished" and self._is_whole(pack) and self._is_kept(pack):
                     self.bank.save(name, adapters / trial.key)
         finally:
             for name in names:
@@ -130,6 +131,9 @@ class Bench:
 
     def _is_whole(self, pack: Pack) -> bool:
         return pack.steps == self.loop.max_steps
+
+    def _is_kept(self, pack: Pack) -> bool:
+        return pack.seed == self.loop.seed
 
     def _learn(self, pack: Pack, names: list[str], folder: RunFolder, tell: Tell) -> dict[str, str]:
         """How training ended for each: no loss is looked at on the way, so that all end at their last step."""
@@ -155,14 +159,14 @@ class Bench:
         return statuses
 
     def _judge(self, pack: Pack, statuses: dict[str, str]) -> dict[str, dict[str, np.ndarray]]:
-        """Summed losses of each that finished, on the documents to choose by and, of full length, to confirm on.
+        """Summed losses of each that finished, on the documents to choose by, and on those to confirm on.
 
         Those that are not finite are none; their status says so from then on.
         """
         good = [name for name, status in statuses.items() if status == "finished"]
-        whole = self._is_whole(pack)
+        parts = ("choose", "confirm") if self._is_whole(pack) and not self._is_kept(pack) else ("choose",)
         losses: dict[str, dict[str, np.ndarray]] = {name: {} for name in good}
-        for which in ("choose", "confirm") if whole and good else ("choose",) if good else ():
+        for which in parts if good else ():
             for name, found in zip(good, measured(self.bank, good, getattr(self.documents, which))[0], strict=True):
                 losses[name][which] = found
         for name in good:

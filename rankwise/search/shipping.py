@@ -107,7 +107,7 @@ def _control(case: Case, small: Adapter, losses: np.ndarray) -> tuple[dict[str, 
     candidate = Candidate(
         f"trained at the ranks left of {case.candidate().name}", case.spec.model_copy(update=at), case.run
     )
-    ((found,),) = case.trials.made("ship", [candidate], [0], 1.0)
+    ((found,),) = case.trials.confirmed("ship", [candidate], [0])
     if found.confirm is None:
         return {"status": found.status, "loss": None, "delta": None, "kept": "compressed"}, small
     items = case.trials.items("confirm")

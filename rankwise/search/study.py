@@ -62,7 +62,8 @@ class Found:
         seconds: its share of the time that its pack took.
         curve: steps and their training losses.
         choose: summed loss of each document that candidates are chosen by, `[n]`; None where training failed.
-        confirm: of those that no choice looks at; None where training failed or was not of full length.
+        confirm: of those that no choice looks at; None where training failed, was not of full length, or until
+            somebody asks (`Trials.confirmed`).
     """
 
     status: str
@@ -118,6 +119,12 @@ class Study:
                 "insert or replace into trials values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (*row, json.dumps(found.curve), *losses),
             )
+
+    def confirm(self, trial: Trial, losses: np.ndarray) -> None:
+        """Adds what a trial that is known comes to on the documents to confirm on."""
+        with self.file:
+            told = (losses.astype(np.float64).tobytes(), trial.key)
+            self.file.execute("update trials set confirmed_by = ? where key = ?", told)
 
     def rows(self) -> list[tuple[str, str, int, int, Found]]:
         """Step, name, seed, length and finding of every trial, in the order in which they were made."""

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from rankwise.adapters.adapter import Adapter
-from rankwise.engine.evaluate import base_losses
+from rankwise.engine.evaluate import base_losses, measured
 from rankwise.engine.run import Loop
+from rankwise.formats.peft import read_adapter
 from rankwise.search.pack import Bench, Pack, Packs, Parts, Tell
 from rankwise.search.study import Candidate, Found, Study, Trial
 from rankwise.surgery.bank import Bank
@@ -91,20 +92,53 @@ class Trials:
         found = [[self.study.find(trial) for trial in row] for row in table]
         return [[one for one in row if one is not None] for row in found]
 
+    def confirmed(self, step: str, candidates: Sequence[Candidate], seeds: Iterable[int]) -> list[list[Found]]:
+        """As `made`, of full length, and judged on the documents to confirm on: nothing else looks at those."""
+        seeds = list(seeds)
+        found = self.made(step, candidates, seeds, 1.0)
+        trials = [self._trial(candidate, seed, self.steps(1.0)) for candidate in candidates for seed in seeds]
+        missing = [
+            trial
+            for trial, one in zip(trials, (one for row in found for one in row), strict=True)
+            if one.choose is not None and one.confirm is None
+        ]
+        for at in range(0, len(missing), self.pack):
+            self._confirm(step, missing[at : at + self.pack])
+        return self.made(step, candidates, seeds, 1.0) if missing else found
+
+    def _confirm(self, step: str, trials: Sequence[Trial]) -> None:
+        """Judges adapters that were kept, all at once; what is not finite stays unknown."""
+        self.tell(f"{step}: " + ", ".join(trial.candidate.name for trial in trials) + ", documents to confirm on", 0.0)
+        names = [f"c{number}" for number in range(len(trials))]
+        try:
+            for name, trial in zip(names, trials, strict=True):
+                self.bank.take(name, read_adapter(self._kept(step, trial)))
+            losses = measured(self.bank, names, self.documents.confirm)[0]
+        finally:
+            for name in names:
+                if name in self.bank:
+                    self.bank.remove(name)
+        for trial, own in zip(trials, losses, strict=True):
+            if np.isfinite(own).all():
+                self.study.confirm(trial, own)
+
     def _trial(self, candidate: Candidate, seed: int, steps: int) -> Trial:
         return Trial(candidate, self.loop.seed + seed, steps)
 
     def adapter(self, step: str, candidate: Candidate, seed: int) -> Adapter:
         """What a candidate has become after a run of full length."""
-        trial = self._trial(candidate, seed, self.steps(1.0))
-        place = self._adapters / trial.key
-        if not place.exists():
-            self._train([Pack(step, (trial,))])
-        self.bank.load("found", place, force=True)
+        self.bank.load("found", self._kept(step, self._trial(candidate, seed, self.steps(1.0))), force=True)
         try:
             return self.bank.adapter("found")
         finally:
             self.bank.remove("found")
+
+    def _kept(self, step: str, trial: Trial) -> Path:
+        """Where the adapter lies; trained again, if it is gone."""
+        place = self._adapters / trial.key
+        if not place.exists():
+            self._train([Pack(step, (trial,))])
+        return place
 
     @property
     def _adapters(self) -> Path:

@@ -40,7 +40,7 @@ def _judged(record: dict[str, Any]) -> tuple[str, str]:
         )
     told = f"; {gain['mean']:.3f} nats better than the base (95 % {gain['low']:.3f} to {gain['high']:.3f})"
     if confirm["verdict"] == "alone":
-        return _alone(record, best, told)
+        return _alone(record, best, f"{_below(points, best)}{told}")
     delta = points[confirm["chosen"]]["delta"]
     apart = (
         f"{delta['mean']:+.4f} nats against rank {best} (95 % {delta['low']:+.4f} to {delta['high']:+.4f}, at most "
@@ -49,7 +49,7 @@ def _judged(record: dict[str, Any]) -> tuple[str, str]:
     if confirm["verdict"] == "not worse":
         often = "" if ladder is None else f", chosen in {100 * _often(ladder, confirm['chosen']):.0f} % of resamples"
         kind = "provisional" if ladder is None else "recommended"
-        return kind, f"enough, {apart}{often}{told}"
+        return kind, f"enough, {apart}{often}{_below(points, confirm['chosen'])}{told}"
     if confirm["verdict"] == "worse":
         return (
             "provisional",
@@ -59,6 +59,15 @@ def _judged(record: dict[str, Any]) -> tuple[str, str]:
         "cannot tell",
         f"whether rank {confirm['chosen']} is enough cannot be told, {apart}, so the best is kept{told}",
     )
+
+
+def _below(points: dict[int, dict[str, Any]], chosen: int) -> str:
+    """What these documents say of the next smaller rank, where it was trained with as many seeds."""
+    rank = max((rank for rank in points if rank < chosen), default=None)
+    if rank is None:
+        return ""
+    said = {"worse": "is worse", "cannot tell": "is not shown to be enough", "not worse": "would be enough here too"}
+    return f"; rank {rank} {said[points[rank]['verdict']]}"
 
 
 def _alone(record: dict[str, Any], best: int, told: str) -> tuple[str, str]:
@@ -92,7 +101,7 @@ def _surer(record: dict[str, Any]) -> str:
         said.append("--budget standard trains every rank instead of cutting one adapter.")
     for point in confirm["points"]:
         delta = point["delta"]
-        if delta is None or delta["upper"] <= confirm["tolerance"]:
+        if point["rank"] != confirm["chosen"] or delta is None or delta["upper"] <= confirm["tolerance"]:
             continue
         error = (delta["upper"] - delta["mean"]) / _ONE_SIDED
         times = math.ceil((_ONE_SIDED * error / confirm["tolerance"]) ** 2) if confirm["tolerance"] > 0 else 0

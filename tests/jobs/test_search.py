@@ -69,6 +69,26 @@ def test_a_budget_may_train_one_adapter_at_all_ranks_beside_the_ladder(world, ro
     assert [point["rank"] for point in advisor.record["nested"]["points"]] == [1, 2, 4]
 
 
+def test_a_budget_may_confirm_the_ranks_beside_the_chosen_one(world, rows, tmp_path):
+    assert BUDGETS["full"].neighbours
+    settings = {**BEGIN, "max_steps": 12, "valid": rows["valid"], "test": rows["test"]}
+    asked = request(world / "llama", rows["train"], tmp_path / "s", **settings)
+    asked.out.mkdir()
+    with opened(SearchRequest(ranks=(1, 2, 4, 8)), asked, Listener()) as (advisor, _, _):
+        advisor.budget = replace(advisor.budget, neighbours=True, confirm_seeds=2)
+        advisor.ask("count")
+        advisor.ask("ladder")
+        advisor.record["ladder"]["best"] = 8
+        advisor.spec = advisor.spec.model_copy(update={"rank": 2})
+        advisor.ask("confirm")
+    confirm = advisor.record["confirm"]
+    assert [point["rank"] for point in confirm["points"]] == [1, 2, 4, 8]
+    verdicts = {point["rank"]: point["verdict"] for point in confirm["points"]}
+    assert verdicts[8] == "best"
+    assert verdicts[2] == confirm["verdict"] != "alone"
+    assert advisor.spec.rank == (2 if confirm["verdict"] == "not worse" else 8)
+
+
 def test_the_recommendation_is_one_of_what_was_confirmed(found):
     told = found["recommendation"]
     assert told["kind"] in ("recommended", "provisional", "cannot tell")
@@ -115,15 +135,15 @@ def test_express_cuts_one_adapter_and_is_provisional(world, rows, tmp_path):
 
 
 class Killer(Listener):
-    """Sends SIGTERM when a pack of a step is half trained."""
+    """Sends SIGTERM when a pack of a step is half trained; or, of work that is no pack, when half of it is done."""
 
-    def __init__(self, step):
+    def __init__(self, step, *, pack=True):
         super().__init__()
-        self.step = step
+        self.step, self.pack = step, pack
 
     def stage(self, title):
         inner = super().stage(title)
-        if not title.startswith(f"{self.step}:") or " steps, seed " not in title:
+        if not title.startswith(f"{self.step}:") or (" steps, seed " in title) != self.pack:
             return inner
         killer = self
 
@@ -145,10 +165,10 @@ class Killer(Listener):
         return Stage()
 
 
-@pytest.mark.parametrize("step", ["rate", "ship"])
-def test_killed_and_resumed_it_ends_with_the_same_answers(world, rows, tmp_path, found, step):
+@pytest.mark.parametrize(("step", "pack"), [("rate", True), ("ladder", False), ("ship", True)])
+def test_killed_and_resumed_it_ends_with_the_same_answers(world, rows, tmp_path, found, step, pack):
     with pytest.raises(Interrupted) as heard:
-        searched(world, rows, tmp_path / "s", Killer(step), also=("form=dora",))
+        searched(world, rows, tmp_path / "s", Killer(step, pack=pack), also=("form=dora",))
     assert "--resume" in heard.value.way_on
     again = searched(world, rows, tmp_path / "s", also=("form=dora",), train={"resume": True})
     for name in found.keys() - {*CHANGES, "cost", "trials", "recommendation"}:
@@ -213,7 +233,7 @@ def test_the_command_of_ranks_by_layer_trains_that_very_adapter(world, rows, tmp
     ranks = {"model.layers.0.self_attn.q_proj": 7, "model.layers.1.mlp.down_proj": 2}
     with opened(SearchRequest(), asked, Listener()) as (advisor, whole, _):
         advisor.spec = patterned(advisor.spec, ranks)
-        ((found,),) = advisor.trials.made("confirm", [advisor.candidate()], [0], 1.0)
+        ((found,),) = advisor.trials.confirmed("confirm", [advisor.candidate()], [0])
         loss = found.confirm.sum() / advisor.trials.items("confirm").sum()
         words = shlex.split(winner(advisor, whole))
     names = [word.removeprefix("--").replace("-", "_") for word in words[2::2]]

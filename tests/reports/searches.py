@@ -280,8 +280,9 @@ def _confirm(
 ) -> dict[str, Any]:
     gains = {chosen: _delta(0.4187, 0.0402), best: _delta(0.4203, 0.0405)}
     points = [
-        {"rank": chosen, "loss": 2.0423, "delta": _delta(0.0016, half, upper=True), "gain": gains[chosen]},
-        {"rank": best, "loss": 2.0407, "delta": None, "gain": gains[best]},
+        {"rank": chosen, "loss": 2.0423, "delta": _delta(0.0016, half, upper=True), "gain": gains[chosen]}
+        | {"verdict": verdict},
+        {"rank": best, "loss": 2.0407, "delta": None, "verdict": "best", "gain": gains[best]},
     ]
     return {"seeds": seeds, "tolerance": 0.0084, "chosen": chosen, "verdict": verdict, "points": points}
 

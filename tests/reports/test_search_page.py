@@ -182,6 +182,16 @@ def test_what_cannot_be_told_is_not_called_enough(pages):
     assert "rank 8: +0.002, cannot tell" in words(pages["doubted"])
 
 
+def test_neighbours_that_were_confirmed_stand_beside_the_chosen_rank(tmp_path):
+    found = whole()
+    smaller = found["confirm"]["points"][0] | {"rank": 4, "loss": 2.0707, "verdict": "worse"}
+    smaller["delta"] = {"mean": 0.03, "low": 0.024, "high": 0.036, "upper": 0.035}
+    found["confirm"]["points"].insert(0, smaller)
+    said = words(report(tmp_path, found))
+    assert "rank 4: +0.0300, worse" in said
+    assert "rank 8: +0.0016, not worse" in said
+
+
 @pytest.mark.parametrize("last", ["count", "noise", "rate", "targets", "nested", "methods", "allocation", "confirm"])
 def test_a_search_that_was_stopped_says_where(tmp_path, last):
     text = report(tmp_path, stopped(last))

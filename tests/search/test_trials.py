@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from rankwise.adapters.spec import LoraSpec
+from rankwise.engine.evaluate import measured
 from rankwise.engine.interrupt import Interrupted
 from rankwise.engine.run import Loop, Run
 from rankwise.search.pack import Parts
@@ -47,7 +48,32 @@ def test_packed_is_alone_for_every_kind_and_length(tmp_path):
         (packed,) = together[number]
         np.testing.assert_allclose([loss for _, loss in packed.curve], [loss for _, loss in alone.curve], rtol=1e-5)
         np.testing.assert_allclose(packed.choose, alone.choose, rtol=1e-4)
-        np.testing.assert_allclose(packed.confirm, alone.confirm, rtol=1e-4)
+
+
+def test_documents_to_confirm_on_are_looked_at_when_somebody_asks(tmp_path):
+    """By then the adapter is the one that was kept; one of another seed is not, and has been judged before it went."""
+    candidates = list(FIELD.values())
+    with Bank(tiny("llama")) as bank:
+        told = []
+        asked = trials(bank, tmp_path / "s", pack=2, tell=lambda title, share: told.append(title))
+        for row in asked.made("ladder", candidates, [0, 1], 1.0):
+            assert [one.confirm is None for one in row] == [True, False]
+        told.clear()
+        found = asked.confirmed("confirm", candidates, [0, 1])
+        assert told
+        assert not [title for title in told if " steps, seed " in title], "nothing is trained"
+        for candidate, row in zip(candidates, found, strict=True):
+            bank.put("own", asked.adapter("ladder", candidate, 0))
+            (own,) = measured(bank, ["own"], DOCUMENTS.confirm)[0]
+            bank.remove("own")
+            np.testing.assert_allclose(row[0].confirm, own, rtol=1e-5)
+            assert row[1].confirm.shape == own.shape
+        told.clear()
+        again = asked.confirmed("confirm", candidates, [0])
+        assert not told, "it is known from then on"
+        np.testing.assert_array_equal(again[0][0].confirm, found[0][0].confirm)
+        assert [step for step, *_ in asked.study.rows()] == ["ladder"] * 6
+        asked.study.close()
 
 
 def test_what_is_known_is_not_trained_again_and_costs_are_of_full_runs(tmp_path):

@@ -14,6 +14,7 @@ def record(verdict):
             "rank": rank,
             "loss": 2.0 - gain,
             "delta": {"mean": 0.25, "low": 0.2, "high": 0.3, "upper": 0.29} if rank == CHOSEN else None,
+            "verdict": verdict if rank == CHOSEN else "best",
             "gain": {"mean": gain, "low": gain - 0.01, "high": gain + 0.01},
         }
         for rank, gain in GAINS.items()
@@ -33,3 +34,15 @@ def test_the_gain_that_is_told_is_that_of_the_rank_that_is_kept(verdict, kept, k
     assert found["kind"] == kind
     assert found["sentence"].startswith(f"Rank {kept}, ")
     assert f"{GAINS[kept]:.3f} nats better than the base" in found["sentence"]
+
+
+@pytest.mark.parametrize(
+    ("verdict", "said"),
+    [("worse", "is worse"), ("cannot tell", "is not shown to be enough"), ("not worse", "would be enough here too")],
+)
+def test_of_the_next_smaller_rank_it_is_said_what_new_documents_say(verdict, said):
+    told = record("not worse")
+    below = [told["confirm"]["points"][0] | {"rank": rank, "verdict": verdict} for rank in (1, 2)]
+    told["confirm"]["points"] = [*below, *told["confirm"]["points"]]
+    found = recommendation(told, {"rank": CHOSEN, "alpha": 8.0, "lr": 1e-3, "targets": "mlp"})
+    assert f"; rank 2 {said}; " in found["sentence"]
