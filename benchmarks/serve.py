@@ -157,11 +157,15 @@ class Sides:
         found = []
         for i in range(times + 1):
             begin = time.perf_counter()
-            self.engine.between_steps(lambda i=i: self.bank.load(f"b{i}", self.place / "a0")).result()  # type: ignore[misc]
-            self.engine.between_steps(lambda: None).result()  # the rack has taken it in
+            self._exchange(lambda i=i: self.bank.load(f"b{i}", self.place / "a0"))  # type: ignore[misc]
+            self._exchange(lambda: None)  # the rack has taken it in
             found.append(1e3 * (time.perf_counter() - begin))
-            self.engine.between_steps(lambda i=i: self.bank.remove(f"b{i}")).result()  # type: ignore[misc]
+            self._exchange(lambda i=i: self.bank.remove(f"b{i}"))  # type: ignore[misc]
         return {"from disk": statistics.median(found[1:]), "made current": self.switches(20 * times)}
+
+    def _exchange(self, work: Callable[[], None]) -> None:
+        """As the server's pool does it."""
+        self.engine.between_steps(work, members_only=True).result()
 
     def switches(self, times: int) -> float:
         """Milliseconds that it costs a request to go through another adapter than the one before."""

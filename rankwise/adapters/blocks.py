@@ -47,9 +47,9 @@ def read_blocks(value: Any) -> str:
 
 def holds(blocks: str, path: str) -> bool:
     """Whether a layer stands in one of `blocks`, as `read_blocks` writes them."""
-    number = block_of(path)
     if not blocks:
         return True
+    number = block_of(path)
     return number is not None and any(first <= number <= last for first, last in map(_run, blocks.split(",")))
 
 

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rankwise.adapters.adapter import Adapter
@@ -90,7 +89,7 @@ def read_adapter(folder: Path) -> Adapter:
         elif pair["A"].shape[0] != spec.rank_at(path):
             problems.append(f"{path}: rank {pair['A'].shape[0]} in the tensors, {spec.rank_at(path)} in the config")
         else:
-            own = {part: tensor.to(torch.float32, copy=True) for part, tensor in pair.items()}  # the file may change
+            own = {part: tensor.float() for part, tensor in pair.items()}
             m = own["m"].reshape(-1) if "m" in own else None
             sites[path] = LowRank(own["A"], own["B"], spec.scale_at(path), spec.dropout, m=m)
     frozen = {key.removesuffix(end): rest.pop(key) for end in _FROZEN for key in list(rest) if key.endswith(end)}

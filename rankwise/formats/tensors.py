@@ -11,15 +11,14 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 
 from rankwise.errors import AdapterFileError, listing
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a file, all finite.
+    """Every tensor of a file by name, in alphabetical order, all finite.
 
     Raises:
         AdapterFileError: there is no such file, it is cut short or damaged, or holds NaN or infinity.
@@ -33,12 +32,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             )
         raise AdapterFileError(f"{path}: no such file", hint="an adapter folder holds adapter_model.safetensors")
     try:
-        tensors = load_file(path)
+        stored = load(path.read_bytes())  # no mapping of a file that somebody may write to while it is in use
     except (SafetensorError, OSError, ValueError) as error:
         raise AdapterFileError(
             f"{path}: not a whole safetensors file ({path.stat().st_size:,} bytes): {error}",
             hint="copy or download it again; it was cut short or damaged",
         ) from None
+    tensors = dict(sorted(stored.items()))  # a file has them by size
     broken = _broken(tensors)
     if broken:
         raise AdapterFileError(
@@ -51,9 +51,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def _broken(tensors: Mapping[str, Tensor]) -> list[str]:
     """Names of those with a NaN or an infinite number in them.
 
-    One norm of all tells in one pass, with nothing written; where it is not finite itself, every number is looked at.
+    Sums tell in one pass, with nothing written; where one is not finite itself, every number is looked at.
     """
-    if torch.isfinite(get_total_norm([x.detach() for x in tensors.values() if x.is_floating_point()], 1)):
+    sums = [x.detach().sum(dtype=torch.float32) for x in tensors.values() if x.is_floating_point()]
+    if not sums or torch.isfinite(torch.stack(sums)).all():
         return []
     return [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankwise.kernels.library import Factors, SiteOf, native
+from rankwise.kernels.library import Factors, Plain, SiteOf, native
 from rankwise.kernels.sizes import LANES
 
 _STEP = 8  # ranks come in multiples of it
@@ -34,9 +34,8 @@ class Low:
     """One adapter's part at one layer, laid out for the products by `laid_out`.
 
     Attributes:
-        A, B: compiled, words in the order in which serving.c reads them; else `[R, I]`, `[O, R]`.
+        A, B: compiled, in the order in which serving.c reads them; else `[R, I]`, `[O, R]`, B times the scale.
         gain: `[O]`, or None.
-        rank: zeros behind included.
     """
 
     A: Tensor
@@ -50,47 +49,45 @@ class Low:
 
     def told(self) -> Factors:
         gain = None if self.gain is None else self.gain.data_ptr()
-        return Factors(self.A.data_ptr(), self.B.data_ptr(), gain, self.rank)
+        return Factors(self.A.data_ptr(), self.B.data_ptr(), gain, _up(self.rank, _STEP))
 
 
 @torch.no_grad()
 def laid_out(parts: Sequence[tuple[Tensor, Tensor, float, Tensor | None]], dtype: torch.dtype) -> list[Low]:
     """An adapter's parts, each of A `[R, I]`, B `[O, R]`, scale and gain `[O]`, for products of a `dtype`.
 
-    All of them lie in one piece of memory, and a pass is one call for all: there are hundreds of them, and small ones.
+    Compiled, all of them are one call and lie in one piece of memory: there are hundreds of them, and small ones.
     """
     if not parts:
         return []
     wide = torch.promote_types(dtype, torch.float32)
     compiled = dtype in _FORMATS and parts[0][0].device.type == "cpu" and native() is not None
-    across, down = (64 // dtype.itemsize, LANES) if compiled else (1, 1)  # numbers in a vector, and words
-    plain = []
-    for A, B, scale, _ in parts:
-        more = -len(A) % _STEP
-        plain.append(_padded(A, more, -A.shape[1] % across))
-        plain.append(_padded(B if scale == 1 else B.to(wide) * scale, -len(B) % down, more))
-    rounded = _side_by_side(plain, dtype)
-    ranks = [len(A) for A in plain[::2]]
-    if compiled:
-        words = [x.view(torch.int32) for x in rounded]
-        words[::2] = [A.view(-1, _STEP, A.shape[1] // LANES, LANES) for A in words[::2]]
-        words[1::2] = [B.view(-1, LANES, B.shape[1]) for B in words[1::2]]
-        rounded = _side_by_side([x.transpose(1, 2) for x in words], torch.int32)
     gains = [None if gain is None else gain.to(wide).contiguous() for *_, gain in parts]
-    return [Low(*one) for one in zip(rounded[::2], rounded[1::2], gains, ranks, strict=True)]
+    plain = [(A.to(wide).contiguous(), B.to(wide).contiguous(), scale) for A, B, scale, _ in parts]
+    made = _compiled(plain, dtype) if compiled else [(A.to(dtype), (B * scale).to(dtype)) for A, B, scale in plain]
+    ranks = [len(A) for A, *_ in parts]
+    return [Low(A, B, gain, rank) for (A, B), gain, rank in zip(made, gains, ranks, strict=True)]
 
 
-def _side_by_side(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Copies, of the same shapes."""
-    room = torch.empty(sum(x.numel() for x in tensors), dtype=dtype, device=tensors[0].device)
-    copies = [own.view(x.shape) for own, x in zip(room.split([x.numel() for x in tensors]), tensors, strict=True)]
-    torch._foreach_copy_(copies, list(tensors))
-    return copies
+def _compiled(parts: Sequence[tuple[Tensor, Tensor, float]], dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    """In the order in which serving.c reads them, with zeros behind (`Factors`)."""
+    across = 64 // dtype.itemsize  # numbers in a vector
+    sizes = []
+    for A, B, _ in parts:
+        rank = _up(len(A), _STEP)
+        sizes += [rank * _up(A.shape[1], across), rank * _up(len(B), LANES)]
+    rooms = torch.empty(sum(sizes), dtype=dtype).split(sizes)
+    made = list(zip(rooms[::2], rooms[1::2], strict=True))
+    told = [
+        Plain(*(x.data_ptr() for x in (A, B, to_A, to_B)), *A.shape, len(B), scale)
+        for (A, B, scale), (to_A, to_B) in zip(parts, made, strict=True)
+    ]
+    native().lay_out((Plain * len(told))(*told), len(told), dtype == torch.float32)  # type: ignore[union-attr]
+    return made
 
 
-def _padded(x: Tensor, rows: int, columns: int) -> Tensor:
-    """With zeros behind."""
-    return F.pad(x, (0, columns, 0, rows)) if rows or columns else x.contiguous()
+def _up(size: int, step: int) -> int:
+    return size + -size % step
 
 
 @dataclass(frozen=True)

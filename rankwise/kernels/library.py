@@ -79,6 +79,16 @@ class Factors(ctypes.Structure):
     _fields_ = [*((name, c_void_p) for name in ("A", "B", "gain")), ("rank", c_int64)]
 
 
+class Plain(ctypes.Structure):
+    """serving.c, Plain."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("A", "B", "to_A", "to_B")),
+        *((name, c_int64) for name in ("rank", "inputs", "outputs")),
+        ("scale", c_float),
+    ]
+
+
 class SiteOf(ctypes.Structure):
     """serving.c, Site."""
 
@@ -147,6 +157,7 @@ _FUNCTIONS = {
     "rotary": (None, [*[Pointer] * 4, POINTER(c_int64), POINTER(c_int64), *[Int] * 6]),
     "cross_entropy": (None, [*[Pointer] * 4, Int, Int, Int]),
     "grouped_product": (c_int, [POINTER(SiteOf), *[Pointer] * 3, Int, c_int]),
+    "lay_out": (None, [POINTER(Plain), Int, c_int]),
     "cached_attention": (c_int, [POINTER(Past), Heads, Heads, Heads, *[Pointer] * 3, Int, Int, Int, c_int]),
     "decoder_step": (c_int, [POINTER(DecoderOf), POINTER(Past), Pointer, Int, *[Pointer] * 3, c_int]),
     "rankwise_supported": (c_int, []),

@@ -45,6 +45,14 @@ typedef struct {
     i64 rank;
 } Factors;
 
+/* The same before they are laid out: A [rank, inputs], B [outputs, rank], s, and where to. */
+typedef struct {
+    const float *A, *B;
+    void *to_A, *to_B;
+    i64 rank, inputs, outputs;
+    float scale;
+} Plain;
+
 typedef struct {
     const void *weight; /* [outputs, inputs] */
     const float *bias;
@@ -121,6 +129,13 @@ INLINE __m512 activated(__m512 x, i64 kind) {
 
 INLINE __mmask32 numbers_left(i64 left) { return left >= 32 ? 0xffffffffu : (1u << left) - 1; }
 
+/* To the nearest, ties to even, as torch rounds; the processor's own instruction has no denormals. */
+INLINE bf16 rounded(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return (bf16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
 #define NUM bf16
 #define NVEC __m512bh
 #define WIDE 32
@@ -132,6 +147,7 @@ INLINE __mmask32 numbers_left(i64 left) { return left >= 32 ? 0xffffffffu : (1u 
 #define EXPAND(sum, words, word) _mm512_dpbf16_ps(sum, (__m512bh)(words), (__m512bh)(word))
 #define READ(p, some) load_some(p, some)
 #define STORE(p, v, some) store_some(p, v, some)
+#define OF(x) rounded(x)
 #define ROUNDED(v) _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(v)), 16))
 #include "serving.h"
 #include "decoder.h"
@@ -146,6 +162,7 @@ INLINE __mmask32 numbers_left(i64 left) { return left >= 32 ? 0xffffffffu : (1u 
 #undef EXPAND
 #undef READ
 #undef STORE
+#undef OF
 #undef ROUNDED
 
 #define NUM float
@@ -159,6 +176,7 @@ INLINE __mmask32 numbers_left(i64 left) { return left >= 32 ? 0xffffffffu : (1u 
 #define EXPAND(sum, words, word) _mm512_fmadd_ps(_mm512_castsi512_ps(words), _mm512_castsi512_ps(word), sum)
 #define READ(p, some) _mm512_maskz_loadu_ps(some, p)
 #define STORE(p, v, some) _mm512_mask_storeu_ps(p, some, v)
+#define OF(x) (x)
 #define ROUNDED(v) (v)
 #include "serving.h"
 #include "decoder.h"
@@ -188,6 +206,15 @@ int grouped_product(const Site *site, const i64 *adapters, const void *x, void *
     }
     free(shrinks);
     return 0;
+}
+
+/* An adapter's factors at all its layers; all numbers are finite. */
+void lay_out(const Plain *parts, i64 count, int wide) {
+#pragma omp parallel for schedule(dynamic)
+    for (i64 i = 0; i < count; i++) {
+        if (wide) lay_out_f(parts + i);
+        else lay_out_b(parts + i);
+    }
 }
 
 /* Where the heads of the tokens of a step lie: strides in elements. */

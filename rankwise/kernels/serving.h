@@ -293,3 +293,25 @@ static void NAME(attend)(const Past *past, i64 n, i64 g, NAME(Heads_) q, const N
         }
     }
 }
+
+/* ── laying out ───────────────────────────────────────────────────────────────────────────────────────────────── */
+
+/* A by eight of its rows, s·B by sixteen outputs, as `Factors` has them, zeros behind. */
+static void NAME(lay_out)(const Plain *own) {
+    NUM *A = own->to_A;
+    for (i64 r = 0; r < own->rank; r += 8)
+        for (i64 i = 0; i < own->inputs; i += WIDE)
+            for (i64 j = r; j < r + 8; j++, A += WIDE) {
+                i64 some = j < own->rank ? least(WIDE, own->inputs - i) : 0;
+                for (i64 k = 0; k < some; k++) A[k] = OF(own->A[j * own->inputs + i + k]);
+                for (i64 k = some; k < WIDE; k++) A[k] = 0;
+            }
+    NUM *B = own->to_B;
+    i64 step = ROUND_UP(own->rank, 8);
+    memset(B, 0, ROUND_UP(own->outputs, LANES) * step * sizeof(NUM));
+    for (i64 o = 0; o < own->outputs; o++) {
+        NUM *tile = B + o / LANES * LANES * step + o % LANES * PAIR;
+        for (i64 k = 0; k < own->rank; k++)
+            tile[k / PAIR * LANES * PAIR + k % PAIR] = OF(own->B[o * own->rank + k] * own->scale);
+    }
+}

@@ -53,7 +53,7 @@ class Engine:
         self._scheduler = Scheduler(Blocks(0), max_batch_tokens)
         self._news = threading.Condition()  # guards what follows
         self._arrived: deque[Live] = deque()
-        self._works: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._works: deque[tuple[Callable[[], Any], Future[Any], bool]] = deque()
         self._stopping = self._draining = False
         self._thread: threading.Thread | None = None
         self._counts = dict.fromkeys(("steps", "prompt_tokens", "generated_tokens", "finished", "failed_steps"), 0)
@@ -121,12 +121,16 @@ class Engine:
             self._news.notify_all()
         return live.ticket
 
-    def between_steps(self, work: Callable[[], T]) -> Future[T]:
-        """Has something done between two steps, when nothing reads the bank: load an adapter, remove one."""
+    def between_steps(self, work: Callable[[], T], *, members_only: bool = False) -> Future[T]:
+        """Has something done between two steps, when nothing reads the bank.
+
+        With `members_only` it takes adapters into the bank or out of it, and changes none: the others are not looked
+        at again, which with many of them is most of the time.
+        """
         done: Future[T] = Future()
         with self._news:
             if self._thread is not None and not self._stopping:
-                self._works.append((work, done))
+                self._works.append((work, done, members_only))
                 self._news.notify_all()
                 return done
         _do(work, done)
@@ -228,8 +232,8 @@ class Engine:
                 self._scheduler.waiting.extend(self._arrived)
                 self._arrived.clear()
             if works:
-                with held.apart():
-                    for work, done in works:
+                with held.apart(members_only=all(only for *_, only in works)):
+                    for work, done, _ in works:
                         _do(work, done)
             begin = time.perf_counter()
             self._dismiss()
@@ -305,7 +309,7 @@ class Engine:
             self._works.clear()
         for live in left:
             self._finish(live, Finished("cancelled", "the engine was stopped"))
-        for _, done in works:
+        for _, done, _ in works:
             done.cancel()
         with self._news:
             self._news.notify_all()

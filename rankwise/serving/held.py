@@ -96,18 +96,21 @@ class Held:
         self._renew()
 
     @contextmanager
-    def apart(self) -> Iterator[None]:
-        """Within it the bank may change: nothing of the engine's stands in the model's modules."""
+    def apart(self, *, members_only: bool = False) -> Iterator[None]:
+        """Within it the bank may change: nothing of the engine's stands in the model's modules.
+
+        With `members_only` adapters may come and go, and nothing else: who stays is not looked at again.
+        """
         self._let_go()
         try:
             yield
         finally:
-            self._renew()
+            self._renew(members_only=members_only)
 
-    def _renew(self) -> None:
+    def _renew(self, *, members_only: bool = False) -> None:
         """Takes in what the bank holds now."""
         self._let_go()
-        self.rack.refresh()
+        self.rack.refresh(members_only=members_only)
         self.rack.put_up()
         known = self._outlet, self._offset, self._store, self.rack.turn
         if known != self._known:

@@ -275,7 +275,7 @@ class Pool:
             if comer is not None:
                 bank.take(comer[0], comer[1].adapter)
 
-        await asyncio.wrap_future(self.engine.between_steps(work))
+        await asyncio.wrap_future(self.engine.between_steps(work, members_only=True))
 
     async def _retire(self, entry: _Entry) -> None:
         """Waits until nobody uses it, and takes it out of the bank, if it is in it."""

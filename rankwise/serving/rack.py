@@ -53,14 +53,15 @@ class Rack:
         """Of the factors that are laid out."""
         return sum(low.nbytes for shelf in self._layers.values() for low in shelf.grouped.lows.values())
 
-    def refresh(self) -> None:
+    def refresh(self, *, members_only: bool = False) -> None:
         """Takes in what the bank holds now: lays out who is new or has changed, and lets go of who is not there.
 
+        With `members_only` nobody who stays has changed, and none of their numbers is looked at.
         Where layers stand and whether they can be served is looked at again only where a layer's first adapter has
         come or its last one gone.
         """
         for name, laid in list(self._laid.items()):
-            if name not in self.bank or laid.has_changed():
+            if name not in self.bank or laid.has_gone() or not (members_only or laid.is_as_it_was()):
                 self._put_away(name)
         if self._standing != self.bank.stands:
             self._look()
@@ -145,12 +146,15 @@ class _Laid:
     def _now(self) -> list[Tensor]:
         return [tensor for held in self._held for tensor in held.values() if tensor is not None]
 
-    def has_changed(self) -> bool:
-        """Whether a tensor was replaced or written to, or factors are no longer where they were."""
+    def has_gone(self) -> bool:
+        """Whether factors are no longer where they were, as where another adapter has its name."""
+        return not all(map(is_, [own.get(self._key) for own in self._places], self._factors))
+
+    def is_as_it_was(self) -> bool:
+        """Whether no tensor was replaced or written to."""
         now = self._now()
         same = len(now) == len(self._tensors) and all(map(is_, now, self._tensors))
-        there = all(map(is_, [own.get(self._key) for own in self._places], self._factors))
-        return not (same and there and list(map(_version, now)) == self._versions)
+        return same and list(map(_version, now)) == self._versions
 
 
 class _Shelf:

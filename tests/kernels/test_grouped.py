@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rankwise.kernels.grouped import Adapters, Grouped, laid_out, serves_grouped
@@ -81,6 +82,22 @@ def test_what_is_served():
     assert serves_grouped(torch.ones(1)) == (native() is not None)
 
 
+@pytest.mark.skipif(native() is None, reason="only the compiled path has an order of its own")
+def test_laid_out_it_is_what_torch_rounds_in_the_order_that_is_read():
+    """A by eight rows and a vector of columns, B by sixteen outputs and a word of ranks; zeros behind."""
+    A, B, scale = 1e-3 * torch.randn(11, 71), torch.randn(37, 11), 0.7
+    B[3, 4], A[0, 0] = 1e-40, -2e-41  # denormals are numbers too
+    (low,) = laid_out([(A, B, scale, None)], torch.bfloat16)
+    assert low.rank == 11
+    rows, columns = F.pad(A.bfloat16(), (0, 25, 0, 5)), F.pad((B * scale).bfloat16(), (0, 5, 0, 11))
+    assert torch.equal(low.A, rows.view(2, 8, 3, 32).transpose(1, 2).reshape(-1))
+    assert torch.equal(low.B, columns.view(3, 16, 8, 2).transpose(1, 2).reshape(-1))
+    (low,) = laid_out([(A, B, scale, None)], torch.float32)
+    rows, columns = F.pad(A, (0, 9, 0, 5)), F.pad(B * scale, (0, 5, 0, 11))
+    assert torch.equal(low.A, rows.view(2, 8, 5, 16).transpose(1, 2).reshape(-1))
+    assert torch.equal(low.B, columns.view(3, 16, 16).transpose(1, 2).reshape(-1))
+
+
 def test_bytes_that_are_held():
     (low,) = laid_out([(torch.ones(5, 64), torch.ones(32, 5), 1.0, torch.ones(32))], torch.float64)
-    assert low.nbytes == 8 * (8 * 64 + 32 * 8 + 32)
+    assert low.nbytes == 8 * (5 * 64 + 32 * 5 + 32)

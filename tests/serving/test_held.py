@@ -162,6 +162,27 @@ def test_what_only_joins_leaves_products_and_layers_where_they_are():
         assert agree(stepped(held), want)
 
 
+def test_where_only_members_come_and_go_a_name_that_is_given_again_is_another_adapter():
+    """Who stays is not looked at: what is written to it is taken in when somebody says that more may have changed."""
+    bank = three(tiny("llama"))
+    with roomy(bank) as held:
+        before = stepped(held)
+        with held.apart(members_only=True):
+            bank.remove("b")
+            trained(bank, "b", spec(("v_proj",)), 5, size=0.1)
+            trained(bank, "d", spec("all-linear"), 3, size=0.1)
+            want = expected_apart(bank, held)
+        assert agree(stepped(held), want)
+        assert not agree(before, want)
+        with held.apart(members_only=True):
+            moved(bank, "a", seed=9, size=0.1)
+            new = expected_apart(bank, held)
+        assert agree(stepped(held), want)
+        with held.apart():
+            pass
+        assert agree(stepped(held), new)
+
+
 def test_factors_of_who_has_gone_are_freed():
     bank = three(tiny("llama"))
     with roomy(bank) as held:
