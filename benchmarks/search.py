@@ -78,6 +78,7 @@ def compare(arguments: argparse.Namespace, data: Path, place: Path, grids: Path 
         alone = _alone(arguments, data, place / "alone")
         answer["seconds"] = {"search": seconds, "one run": alone, "one run, PEFT": peft, "grid, PEFT": one_by_one}
         answer |= {"ratio_to_grid": seconds / one_by_one, "ratio_to_one_run": seconds / alone}
+        print(json.dumps(answer), file=sys.stderr, flush=True)  # the grid may take hours
     if arguments.only != "time":
         answer |= _against_grid(arguments, data, (grids or place) / f"grid-{data.name}", told)
     return answer
