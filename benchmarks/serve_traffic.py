@@ -141,7 +141,7 @@ def main() -> int:
     parser.add_argument("--model", type=Path)
     for name, value in (("adapters", 1000), ("resident", 32), ("requests", 2000), ("streams", 16), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--cache", type=float, default=0.125, help="GiB of keys and values, full before the end")
+    parser.add_argument("--cache", type=float, default=0.03125, help="GiB of keys and values, full by a third")
     asked = parser.parse_args()
     model = asked.model or packaged_model(cache_folder())
     with tempfile.TemporaryDirectory() as folder:

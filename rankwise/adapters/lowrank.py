@@ -88,12 +88,12 @@ class LowRank(nn.Module):
         self.lam = None if lam is None else nn.Parameter(lam)
         self.scale = scale
         # Draws nothing: it is where other tools look for dropout, as TRL does to switch it off for DPO.
-        self.drop = nn.Dropout(dropout)
+        self.drop = nn.Dropout(dropout) if dropout else None
 
     @property
     def dropout(self) -> float:
         """The probability with which an input element of the branch is zeroed in training."""
-        return self.drop.p
+        return 0.0 if self.drop is None else self.drop.p
 
     @property
     def rank(self) -> int:

@@ -44,8 +44,10 @@ def check_apart(adapter: Adapter, tables: Iterable[str], members: Collection[Any
         BankError: it cannot.
     """
     whole = {*adapter.modules, *(path for member in members for path in member.modules)}
-    sites = {*adapter.sites, *(path for member in members for path in member.sites)}
     with_rows = {*tables, *rows}
+    if not whole and not with_rows:
+        return
+    sites = {*adapter.sites, *(path for member in members for path in member.sites)}
     if both := sorted(sites & with_rows):
         raise BankError(
             f"{both[0]!r} has rows for tokens of an adapter, and is a target too, of it or of another",
