@@ -4,10 +4,10 @@
     python benchmarks/llama_check.py --model DIR [--tokens 20]
 
 The base is written as GGUF in float32 (a Llama with tied embeddings, without its tokenizer: tokens go in as numbers).
-An adapter with patterns of ranks and alphas and with rsLoRA's scaling is drawn at random and converted.  Both sides read
-a text and continue it, bare and through the adapter, keys and values in float32.  Prints one JSON object: the largest
-difference of logits, as a share of the largest logit, and whether the greedy tokens are the same; exits with 1 where
-they are not.
+An adapter with patterns of ranks and alphas and with rsLoRA's scaling is drawn at random and converted.  Both sides
+read a text and continue it, bare and through the adapter, keys and values in float32.  Prints one JSON object: the
+largest difference of logits, as a share of the largest logit, and whether the greedy tokens are the same; exits with 1
+where they are not.
 """
 
 from __future__ import annotations
