@@ -150,6 +150,14 @@ class Sides:
         )
         return int(out[:, ids.shape[1] :].numel())
 
+    def unmerged_and_merged(self) -> tuple[float, float]:
+        """A single stream through the base, and one through an adapter that is merged into it for that while."""
+        plain = timed(self.one_base)
+        self.engine.between_steps(lambda: self.bank.merge("a0")).result()
+        merged = timed(self.one_merged)
+        self.engine.between_steps(self.bank.unmerge).result()
+        return plain, merged
+
     # ── loading ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     def loads(self, times: int) -> dict[str, float]:
@@ -196,13 +204,10 @@ def measured(sides: Sides, rounds: int, *, peft: bool) -> dict[str, Any]:
             rate = timed(getattr(sides, name))
             rates.setdefault(name, []).extend([rate] if turn else [])  # the first round warms up
     loads = sides.loads(rounds)
-    engine.between_steps(lambda: sides.bank.merge("a0")).result()
-    merged = [timed(sides.one_merged) for _ in range(rounds)]
-    engine.between_steps(sides.bank.unmerge).result()
-    again = [timed(sides.one_base) for _ in range(rounds)]
+    turns = [sides.unmerged_and_merged() for _ in range(rounds + 1)][1:]  # the first one warms up
     engine.stop()
     median = {name.replace("_", " "): statistics.median(found) for name, found in rates.items()}
-    median |= {"one merged": statistics.median(merged), "one base": statistics.median([*again, *rates["one_base"]])}
+    median["one merged"] = median["one base"] * statistics.median(merged / plain for plain, merged in turns)
     every = {name: [round(rate, 1) for rate in found] for name, found in rates.items()}
     ratios = {}
     for pair, goal in GOALS.items():
