@@ -109,10 +109,11 @@ class Trials:
     def _confirm(self, step: str, trials: Sequence[Trial]) -> None:
         """Judges adapters that were kept, all at once; what is not finite stays unknown."""
         self.tell(f"{step}: " + ", ".join(trial.candidate.name for trial in trials) + ", documents to confirm on", 0.0)
+        places = [self._kept(step, trial) for trial in trials]  # before the bank holds any: one may have to be trained
         names = [f"c{number}" for number in range(len(trials))]
         try:
-            for name, trial in zip(names, trials, strict=True):
-                self.bank.take(name, read_adapter(self._kept(step, trial)))
+            for name, place in zip(names, places, strict=True):
+                self.bank.take(name, read_adapter(place))
             losses = measured(self.bank, names, self.documents.confirm)[0]
         finally:
             for name in names:

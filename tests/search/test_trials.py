@@ -1,6 +1,7 @@
 """Candidates trained side by side: what each becomes does not depend on who else is there, nor on a kill."""
 
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -74,6 +75,23 @@ def test_documents_to_confirm_on_are_looked_at_when_somebody_asks(tmp_path):
         np.testing.assert_array_equal(again[0][0].confirm, found[0][0].confirm)
         assert [step for step, *_ in asked.study.rows()] == ["ladder"] * 6
         asked.study.close()
+
+
+def test_an_adapter_that_has_gone_is_trained_again_to_be_confirmed(tmp_path):
+    candidates = [FIELD["small"], FIELD["large"]]
+    with Bank(tiny("llama")) as bank:
+        asked = trials(bank, tmp_path / "s")
+        asked.made("ladder", candidates, [0], 1.0)
+        want = [row[0].confirm for row in asked.confirmed("confirm", candidates, [0])]
+        asked.study.close()
+        asked = trials(bank, tmp_path / "t")
+        asked.made("ladder", candidates, [0], 1.0)
+        shutil.rmtree(sorted((tmp_path / "t" / "adapters").iterdir())[-1])
+        shutil.rmtree(sorted((tmp_path / "t" / "adapters").iterdir())[0])
+        found = [row[0].confirm for row in asked.confirmed("confirm", candidates, [0])]
+        asked.study.close()
+    for ours, theirs in zip(found, want, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4)
 
 
 def test_what_is_known_is_not_trained_again_and_costs_are_of_full_runs(tmp_path):
