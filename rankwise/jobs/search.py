@@ -84,6 +84,8 @@ class SearchRequest(Settings):
 def run_search(asked: SearchRequest, request: TrainRequest, watch: Watch) -> dict[str, Any]:
     """Searches, and writes search.json, report.html and the adapter.
 
+    SIGINT and SIGTERM end it with an `Interrupted` (`engine/interrupt.py`) whose `way_on` is the command to go on with.
+
     Args:
         request: model, documents and where to begin: its rate is the middle of the ladder of rates, its rank that at
             which rates and layers are compared, its alpha that of all ranks.
@@ -93,7 +95,6 @@ def run_search(asked: SearchRequest, request: TrainRequest, watch: Watch) -> dic
 
     Raises:
         RankwiseError: of every kind; trials that were made are kept.
-        Interrupted: SIGINT or SIGTERM; `way_on` is the command to go on with.
     """
     _check(asked, request)
     way_on = f"; the trials so far are kept.  Go on with:\n  {_command(asked, request)} --resume"

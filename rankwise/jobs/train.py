@@ -58,9 +58,11 @@ ADAPTER, _BENEATH = "adapter", "beneath"
 def run_training(request: TrainRequest, watch: Watch) -> dict[str, Any]:
     """Trains one adapter, or all weights, and writes the whole run folder; the summary is what `--json` prints.
 
+    SIGINT and SIGTERM end it with an `Interrupted` (`engine/interrupt.py`): what was learnt has been saved, and its
+    `way_on` is the command to go on with.
+
     Raises:
         RankwiseError: of every kind; nothing of another run is overwritten, nothing learnt is lost.
-        Interrupted: SIGINT or SIGTERM; what was learnt has been saved, and `way_on` is the command to go on with.
     """
     with going_on(partial(_way_on, request)), held_folder(request.out, resume=request.resume) as folder:
         return _run(request, folder, watch)

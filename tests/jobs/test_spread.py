@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -91,16 +92,23 @@ def test_two_workers_find_what_is_found_here(cluster, world, rows, tmp_path):
             np.testing.assert_allclose(theirs.sites[path].delta(), factors.delta(), atol=1e-6)
 
 
+def both_workers() -> list[int]:
+    """Their processes; the second may still be starting when the first has made a pack."""
+    for _ in range(600):
+        said = {int(p.parent.name): p for p in Path("/proc").glob("[0-9]*/cmdline")}
+        found = [process for process, line in said.items() if line.exists() and b"ray::_Worker" in line.read_bytes()]
+        if len(found) == 2:
+            return found
+        time.sleep(0.1)
+    raise AssertionError(f"{len(found)} workers after a minute")
+
+
 def test_a_worker_that_dies_is_replaced_and_its_pack_made_by_another(cluster, world, rows, tmp_path):
     ground, bank = on_ground(world, rows, tmp_path / "s")
     with Spread(ground.request, ground.identity(bank), workers=2) as spread:
         made = spread.made(packs(), tmp_path / "there", _silent)
         first, _ = next(made)
-        workers = [
-            int(p.parent.name) for p in Path("/proc").glob("[0-9]*/cmdline") if b"ray::_Worker" in p.read_bytes()
-        ]
-        assert len(workers) == 2
-        for process in workers:
+        for process in both_workers():
             os.kill(process, signal.SIGKILL)
         rest = by_name(made)
     assert {first.name, *rest} == {pack.name for pack in packs()}
