@@ -77,7 +77,7 @@ def trainings(arguments: argparse.Namespace, place: Path) -> tuple[np.ndarray, n
     )
     (place / "aa").mkdir()
     with opened(SearchRequest(), request, Quiet()) as (advisor, _, _):
-        (row,) = advisor.trials.made("noise", [advisor.candidate()], range(arguments.trainings), 1.0)
+        (row,) = advisor.trials.confirmed("noise", [advisor.candidate()], range(arguments.trainings))
         items = np.concatenate([advisor.trials.items(which) for which in ("choose", "confirm")])
     learnt = [one for one in row if one.choose is not None and one.confirm is not None]
     return np.stack([np.concatenate([one.choose, one.confirm]) for one in learnt]), items  # type: ignore[list-item]

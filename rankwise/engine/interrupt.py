@@ -59,7 +59,7 @@ class Interrupt:
 
 @contextmanager
 def going_on(way_on: Callable[[bool], str]) -> Iterator[None]:
-    """Who stops what is within is told how to go on: `way_on(saved)`, where a second Ctrl-C did not wait for a save.
+    """Whoever stops what is within is told how to go on: `way_on(saved)`; a second Ctrl-C did not wait for a save.
 
     Raises:
         Interrupted: of both; a second Ctrl-C is one too.

@@ -65,10 +65,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     Raises:
         AdapterFileError: a tensor is not finite, or what was read back is not what was written.
     """
-    broken = _broken(tensors)
+    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    broken = _broken(own)
     if broken:
         raise AdapterFileError(f"{path}: refusing to save numbers that are not finite:\n{listing(broken)}")
-    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     beside = path.with_name(f".{path.name}.part")
     save_file(own, beside, metadata=dict(metadata or {}))
     settle(beside, path)

@@ -97,10 +97,19 @@ def run_search(asked: SearchRequest, request: TrainRequest, watch: Watch) -> dic
         RankwiseError: of every kind; trials that were made are kept.
     """
     _check(asked, request)
-    way_on = f"; the trials so far are kept.  Go on with:\n  {_command(asked, request)} --resume"
     # What is not a pack, which saves itself, has nothing to save: it is stopped where it is.
-    with going_on(lambda _: way_on), Interrupt(at_once=True), _held(request.out, resume=request.resume):
+    with (
+        going_on(lambda _: _way_on(asked, request)),
+        Interrupt(at_once=True),
+        _held(request.out, resume=request.resume),
+    ):
         return _search(asked, request, watch)
+
+
+def _way_on(asked: SearchRequest, request: TrainRequest) -> str:
+    if (request.out / STUDY).exists():
+        return f"; the trials so far are kept.  Go on with:\n  {_command(asked, request)} --resume"
+    return f" before the first trial.  Begin again with:\n  {_command(asked, request)}"
 
 
 def _check(asked: SearchRequest, request: TrainRequest) -> None:

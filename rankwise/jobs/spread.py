@@ -10,7 +10,9 @@ Nothing else is shared: a worker's checkpoints are its own.  A pack whose worker
 from __future__ import annotations
 
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +54,10 @@ class Spread:
     def __enter__(self) -> Spread:
         ray = _ray()
         if not ray.is_initialized():
+            heard = signal.getsignal(signal.SIGTERM)
             ray.init(address=self.address, include_dashboard=False, log_to_driver=False, configure_logging=False)
+            if heard is not None and threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, heard)  # Ray's own ends the program without a word
             self._began = True
         there = ray.cluster_resources()
         gpus, cpus = int(there.get("GPU", 0)), int(there.get("CPU", 1))

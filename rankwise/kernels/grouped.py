@@ -36,6 +36,7 @@ class Low:
     Attributes:
         A, B: compiled, in the order in which serving.c reads them; else `[R, I]`, `[O, R]`, B times the scale.
         gain: `[O]`, or None.
+        rank: R, without the zeros behind.
     """
 
     A: Tensor
@@ -64,7 +65,11 @@ def laid_out(parts: Sequence[tuple[Tensor, Tensor, float, Tensor | None]], dtype
     compiled = dtype in _FORMATS and parts[0][0].device.type == "cpu" and native() is not None
     gains = [None if gain is None else gain.to(wide).contiguous() for *_, gain in parts]
     plain = [(A.to(wide).contiguous(), B.to(wide).contiguous(), scale) for A, B, scale, _ in parts]
-    made = _compiled(plain, dtype) if compiled else [(A.to(dtype), (B * scale).to(dtype)) for A, B, scale in plain]
+    made = (
+        _compiled(plain, dtype)
+        if compiled
+        else [(A.to(dtype, copy=True), (B * scale).to(dtype)) for A, B, scale in plain]
+    )
     ranks = [len(A) for A, *_ in parts]
     return [Low(A, B, gain, rank) for (A, B), gain, rank in zip(made, gains, ranks, strict=True)]
 

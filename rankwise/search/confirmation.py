@@ -30,7 +30,10 @@ def confirm(case: Case) -> None:
     there = {rank: own for rank, own in losses.items() if own is not None}
     if not {chosen, best} <= there.keys():
         raise DataError("training failed with another seed at the rate that was found", hint="take a lower --lr")
-    gain, noise = case.gain(there[best], "confirm"), case.noise_with([*there.values()], "confirm")
+    gain, noise = (
+        case.gain(there[best], "confirm"),
+        case.noise_with([there[rank] for rank in sorted({chosen, best})], "confirm"),
+    )
     items, first = case.trials.items("confirm"), [*there].index(best)
     standing = dict(zip(there, standings([*there.values()], items, gain["mean"], noise, best=first), strict=True))
     verdict = "alone" if chosen == best else standing[chosen].verdict

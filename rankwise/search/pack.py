@@ -120,7 +120,7 @@ class Bench:
                 curves = _curves(folder.metrics, names)
             losses = self._judge(pack, statuses)
             for name, trial in names.items():
-                if statuses[name] == "finished" and self._is_whole(pack) and self._is_kept(pack):
+                if statuses[name] == "finished" and self._is_kept(pack):
                     self.bank.save(name, adapters / trial.key)
         finally:
             for name in names:
@@ -133,7 +133,7 @@ class Bench:
         return pack.steps == self.loop.max_steps
 
     def _is_kept(self, pack: Pack) -> bool:
-        return pack.seed == self.loop.seed
+        return self._is_whole(pack) and pack.seed == self.loop.seed
 
     def _learn(self, pack: Pack, names: list[str], folder: RunFolder, tell: Tell) -> dict[str, str]:
         """How training ended for each: no loss is looked at on the way, so that all end at their last step."""

@@ -93,7 +93,7 @@ class Trials:
         return [[one for one in row if one is not None] for row in found]
 
     def confirmed(self, step: str, candidates: Sequence[Candidate], seeds: Iterable[int]) -> list[list[Found]]:
-        """As `made`, of full length, and judged on the documents to confirm on: nothing else looks at those."""
+        """As `made`, of full length, and judged on the documents to confirm on, which no choice looks at."""
         seeds = list(seeds)
         found = self.made(step, candidates, seeds, 1.0)
         trials = [self._trial(candidate, seed, self.steps(1.0)) for candidate in candidates for seed in seeds]

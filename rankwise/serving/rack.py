@@ -147,8 +147,11 @@ class _Laid:
         return [tensor for held in self._held for tensor in held.values() if tensor is not None]
 
     def has_gone(self) -> bool:
-        """Whether factors are no longer where they were, as where another adapter has its name."""
-        return not all(map(is_, [own.get(self._key) for own in self._places], self._factors))
+        """Whether factors are no longer where they were, as where another adapter has its name.
+
+        Of one that has none here that cannot be told, and costs nothing to lay out again.
+        """
+        return not self._factors or not all(map(is_, [own.get(self._key) for own in self._places], self._factors))
 
     def is_as_it_was(self) -> bool:
         """Whether no tensor was replaced or written to."""

@@ -176,6 +176,22 @@ def test_killed_and_resumed_it_ends_with_the_same_answers(world, rows, tmp_path,
     assert again["recommendation"]["sentence"] == found["recommendation"]["sentence"]
 
 
+class Early(Listener):
+    """Sends SIGTERM as soon as something is done."""
+
+    def stage(self, title):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return super().stage(title)
+
+
+def test_stopped_before_its_first_trial_it_says_to_begin_again(world, rows, tmp_path):
+    with pytest.raises(Interrupted) as heard:
+        searched(world, rows, tmp_path / "s", Early())
+    assert "Begin again with" in heard.value.way_on
+    assert "--resume" not in heard.value.way_on
+    assert searched(world, rows, tmp_path / "s", until="count")["count"]["ranks"] == [1, 2, 4]
+
+
 def test_it_stops_where_it_is_told_to_and_goes_on_from_there(world, rows, tmp_path, found):
     first = searched(world, rows, tmp_path / "s", until="noise")
     assert first["noise"] == found["noise"]

@@ -60,7 +60,7 @@ def packs():
     return [
         Pack("ladder", (trial(2, 0, STEPS), trial(4, 0, STEPS))),
         Pack("noise", (trial(2, 1, 6),)),
-        Pack("noise", (trial(2, 2, 6),)),
+        Pack("confirm", (trial(2, 2, STEPS),)),
     ]
 
 
@@ -80,8 +80,9 @@ def test_two_workers_find_what_is_found_here(cluster, world, rows, tmp_path):
         for ours, theirs in zip(here[pack.name], there[pack.name], strict=True):
             assert ours.status == theirs.status == "finished"
             np.testing.assert_allclose(theirs.choose, ours.choose, rtol=1e-5)
-            assert ours.confirm is None
-            assert theirs.confirm is None
+            assert (ours.confirm is None) == (theirs.confirm is None) == (pack.step != "confirm")
+            if ours.confirm is not None:
+                np.testing.assert_allclose(theirs.confirm, ours.confirm, rtol=1e-5)
     kept = sorted(path.name for path in (tmp_path / "here").iterdir())
     assert (
         sorted(path.name for path in (tmp_path / "there").iterdir()) == kept == sorted(t.key for t in packs()[0].trials)

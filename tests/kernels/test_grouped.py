@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import rankwise.kernels.grouped as grouped_module
 from rankwise.kernels.grouped import Adapters, Grouped, laid_out, serves_grouped
 from rankwise.kernels.library import native
 
@@ -96,6 +97,15 @@ def test_laid_out_it_is_what_torch_rounds_in_the_order_that_is_read():
     rows, columns = F.pad(A, (0, 9, 0, 5)), F.pad(B * scale, (0, 5, 0, 11))
     assert torch.equal(low.A, rows.view(2, 8, 5, 16).transpose(1, 2).reshape(-1))
     assert torch.equal(low.B, columns.view(3, 16, 16).transpose(1, 2).reshape(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_what_is_written_to_factors_later_is_not_in_what_was_laid_out(dtype, monkeypatch):
+    monkeypatch.setattr(grouped_module, "native", lambda: None)
+    A, B = torch.ones(4, 8, dtype=dtype), torch.ones(6, 4, dtype=dtype)
+    (low,) = laid_out([(A, B, 1.0, None)], dtype)
+    A.zero_(), B.zero_()
+    assert low.A.min() == low.B.min() == 1
 
 
 def test_bytes_that_are_held():

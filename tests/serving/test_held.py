@@ -174,6 +174,14 @@ def test_where_only_members_come_and_go_a_name_that_is_given_again_is_another_ad
             want = expected_apart(bank, held)
         assert agree(stepped(held), want)
         assert not agree(before, want)
+        with held.apart(members_only=True):  # from one that has nothing on the rack
+            bank.remove("b")
+            trained(bank, "b", spec(("embed_tokens",)), 5, size=0.1)
+        with held.apart(members_only=True):
+            bank.remove("b")
+            trained(bank, "b", spec(("v_proj",)), 6, size=0.1)
+            want = expected_apart(bank, held)
+        assert agree(stepped(held), want)
         with held.apart(members_only=True):
             moved(bank, "a", seed=9, size=0.1)
             new = expected_apart(bank, held)
