@@ -41,25 +41,14 @@ SPEC = LoraSpec(
     rank_pattern={"q_proj": 4, "down_proj": 12},
     alpha_pattern={"v_proj": 5},
 )
-NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
 Said = tuple[np.ndarray, list[int]]  # logits of the text, and the tokens that continue it
 
 
 def write_base(model: Any, path: Path) -> None:
     """As llama.cpp's converter does: rotary halves of queries and keys are interleaved."""
     config = model.config
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    stored = {name: tensor.float().numpy() for name, tensor in model.state_dict().items()}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     file = gguf.GGUFWriter(path, "llama")
     file.add_context_length(config.max_position_embeddings)
     file.add_embedding_length(config.hidden_size)
@@ -72,15 +61,14 @@ def write_base(model: Any, path: Path) -> None:
     file.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
     file.add_vocab_size(config.vocab_size)
     file.add_tokenizer_model("no_vocab")
-    file.add_tensor("token_embd.weight", stored["model.embed_tokens.weight"])
-    file.add_tensor("output_norm.weight", stored["model.norm.weight"])
-    for block in range(config.num_hidden_layers):
-        for name, short in NAMES.items():
-            weight = stored[f"model.layers.{block}.{name}.weight"]
-            if short in heads:
-                halves = weight.reshape(heads[short], 2, -1, weight.shape[1])
-                weight = np.ascontiguousarray(halves.swapaxes(1, 2).reshape(weight.shape))
-            file.add_tensor(f"blk.{block}.{short}.weight", weight)
+    for name, tensor in model.state_dict().items():
+        path, weight = name.removesuffix(".weight"), tensor.float().numpy()
+        if path == "lm_head":  # the embedding again
+            continue
+        if count := heads.get(path.rpartition(".")[2]):
+            halves = weight.reshape(count, 2, -1, weight.shape[1])
+            weight = np.ascontiguousarray(halves.swapaxes(1, 2).reshape(weight.shape))
+        file.add_tensor(f"{names.get_name(path)}.weight", weight)
     file.write_header_to_file()
     file.write_kv_data_to_file()
     file.write_tensors_to_file()

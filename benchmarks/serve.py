@@ -25,7 +25,8 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -150,13 +151,12 @@ class Sides:
         )
         return int(out[:, ids.shape[1] :].numel())
 
-    def unmerged_and_merged(self) -> tuple[float, float]:
-        """A single stream through the base, and one through an adapter that is merged into it for that while."""
-        plain = timed(self.one_base)
+    @contextmanager
+    def merged(self) -> Iterator[None]:
+        """Within it an adapter is merged into the base."""
         self.engine.between_steps(lambda: self.bank.merge("a0")).result()
-        merged = timed(self.one_merged)
+        yield
         self.engine.between_steps(self.bank.unmerge).result()
-        return plain, merged
 
     # ── loading ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -172,7 +172,7 @@ class Sides:
         return {"from disk": statistics.median(found[1:]), "made current": self.switches(20 * times)}
 
     def _exchange(self, work: Callable[[], None]) -> None:
-        """As the server's pool does it."""
+        """Adapters alone come and go."""
         self.engine.between_steps(work, members_only=True).result()
 
     def switches(self, times: int) -> float:
@@ -196,18 +196,25 @@ def timed(side: Callable[[], int]) -> float:
 
 def measured(sides: Sides, rounds: int, *, peft: bool) -> dict[str, Any]:
     engine = sides.engine
-    order = ["base", "mixed", "one", "one_base", "generate", *(["peft_mixed", "peft_switched"] if peft else [])]
+    order = [
+        "base",
+        "mixed",
+        "one",
+        "one_base",
+        "one_merged",
+        "generate",
+        *(["peft_mixed", "peft_switched"] if peft else []),
+    ]
     engine.start()
     rates: dict[str, list[float]] = {}
     for turn in range(rounds + 1):
         for name in order if turn % 2 else reversed(order):
-            rate = timed(getattr(sides, name))
+            with sides.merged() if name == "one_merged" else nullcontext():
+                rate = timed(getattr(sides, name))
             rates.setdefault(name, []).extend([rate] if turn else [])  # the first round warms up
     loads = sides.loads(rounds)
-    turns = [sides.unmerged_and_merged() for _ in range(rounds + 1)][1:]  # the first one warms up
     engine.stop()
     median = {name.replace("_", " "): statistics.median(found) for name, found in rates.items()}
-    median["one merged"] = median["one base"] * statistics.median(merged / plain for plain, merged in turns)
     every = {name: [round(rate, 1) for rate in found] for name, found in rates.items()}
     ratios = {}
     for pair, goal in GOALS.items():

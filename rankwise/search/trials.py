@@ -10,7 +10,6 @@ import numpy as np
 from rankwise.adapters.adapter import Adapter
 from rankwise.engine.evaluate import base_losses, measured
 from rankwise.engine.run import Loop
-from rankwise.formats.peft import read_adapter
 from rankwise.search.pack import Bench, Pack, Packs, Parts, Tell
 from rankwise.search.study import Candidate, Found, Study, Trial
 from rankwise.surgery.bank import Bank
@@ -113,7 +112,7 @@ class Trials:
         names = [f"c{number}" for number in range(len(trials))]
         try:
             for name, place in zip(names, places, strict=True):
-                self.bank.take(name, read_adapter(place))
+                self.bank.load(name, place, force=True)
             losses = measured(self.bank, names, self.documents.confirm)[0]
         finally:
             for name in names:
