@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class Budget:
         arms: share of the full length at which layers are compared, and other methods.
         confirm_seeds: with how many seeds the chosen rank is confirmed, and ranks by layer are compared.
         targets: whether layers are compared.
-        ladder: whether each rank is trained, or one large one is cut.
+        ladder: which ranks are trained at full length: each, those that halving the ladder asks for, or one that is cut.
         neighbours: whether the ranks beside the chosen one are confirmed with it.
         nested: whether one adapter is trained at all ranks at once, beside the ladder.
         control: whether what is left of an adapter is checked against training at its ranks.
@@ -29,7 +30,7 @@ class Budget:
     arms: float
     confirm_seeds: int
     targets: bool = True
-    ladder: bool = True
+    ladder: Literal["each", "halved", "cut"] = "halved"
     neighbours: bool = False
     nested: bool = False
     control: bool = False
@@ -38,7 +39,7 @@ class Budget:
 _HALVED = (1 / 8, 1 / 4, 1.0)  # a short run prefers a higher rate than a long one: the last rung has the full length
 
 BUDGETS = {
-    "express": Budget(3, 1 / 4, (-2, -1, 0, 1, 2), (1 / 4,), 1 / 4, targets=False, ladder=False, confirm_seeds=1),
+    "express": Budget(3, 1 / 4, (-2, -1, 0, 1, 2), (1 / 4,), 1 / 4, targets=False, ladder="cut", confirm_seeds=1),
     "standard": Budget(3, 1 / 4, (-2, -1, 0, 1, 2, 3), _HALVED, 1 / 4, confirm_seeds=3, control=True),
     "full": Budget(
         5,
@@ -47,6 +48,7 @@ BUDGETS = {
         _HALVED,
         1 / 2,
         confirm_seeds=5,
+        ladder="each",
         neighbours=True,
         nested=True,
         control=True,

@@ -84,7 +84,17 @@ def _alone(record: dict[str, Any], best: int, told: str) -> tuple[str, str]:
             "provisional",
             f"the largest rank that was tried, and measurably the best: larger ones may be better{told}",
         )
-    return "recommended", f"measurably better than every smaller rank{told}" if below else f"the smallest rank{told}"
+    if not below:
+        return "recommended", f"the smallest rank{told}"
+    some = any(rank < best for rank in _untried(record))
+    smaller = f"rank {below[-1]['rank']}, the next smaller one" if some else "every smaller rank"
+    return "recommended", f"measurably better than {smaller}{told}"
+
+
+def _untried(record: dict[str, Any]) -> list[int]:
+    """Ranks of the ladder that halving it did not ask for."""
+    tried = {point["rank"] for point in record["ladder"]["points"]}
+    return [rank for rank in record["count"]["ranks"] if rank not in tried]
 
 
 def _often(ladder: dict[str, Any], rank: int) -> float:
@@ -98,7 +108,9 @@ def _surer(record: dict[str, Any]) -> str:
     if rate is not None and not rate["interior"]:
         said.append("The best learning rate lies at the end of those that were tried: begin with --lr nearer to it.")
     if record["ladder"] is None:
-        said.append("--budget standard trains every rank instead of cutting one adapter.")
+        said.append("--budget standard trains ranks by themselves instead of cutting one adapter.")
+    elif untried := _untried(record):
+        said.append(f"--budget full trains rank {', '.join(map(str, untried))} too, which halving the ladder left out.")
     for point in confirm["points"]:
         delta = point["delta"]
         if point["rank"] != confirm["chosen"] or delta is None or delta["upper"] <= confirm["tolerance"]:

@@ -47,7 +47,9 @@ def test_every_question_is_answered_and_written_down(found):
     written = read(Path(found["out"]) / "search.json")
     assert {name: value for name, value in found.items() if name not in ("out", "report")} == written
     assert [name for name, value in written.items() if value is None] == ["allocation"]  # which was not asked for
-    assert [point["rank"] for point in written["ladder"]["points"]] == [1, 2, 4]
+    tried, chosen = [point["rank"] for point in written["ladder"]["points"]], written["ladder"]["chosen"]
+    assert {2, 4} <= set(tried) <= {1, 2, 4}
+    assert chosen == 1 or chosen // 2 in tried
     assert sum(point["chosen_in"] for point in written["ladder"]["points"]) == pytest.approx(1)
     assert written["rate"]["best"] in [point["lr"] for point in written["rate"]["rungs"][-1]["points"]]
     assert [point["name"] for point in written["methods"]["points"]] == ["form=dora"]
@@ -101,7 +103,8 @@ def test_costs_are_counted_in_full_runs(found):
     begun = [trial["share"] for trial in found["trials"] if trial["step"] == "noise"]
     assert sum(begun) == pytest.approx(3 / 4)
     own = [trial["share"] for trial in found["trials"] if trial["step"] == "ladder"]
-    assert own == [1.0] * 2  # of three ranks; that of the last rung has been trained there
+    tried = found["ladder"]["points"]
+    assert own == [1.0] * (len(tried) - 1)  # the rank of the last rung has been trained there
     assert found["cost"]["runs"] == pytest.approx(sum(trial["share"] for trial in found["trials"]), rel=0.1)
     assert found["cost"]["grid"] == 3 * len(found["rate"]["rungs"][0]["points"])
 
