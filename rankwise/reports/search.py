@@ -219,13 +219,14 @@ class Confirmed:
 
 @dataclass(frozen=True)
 class Confirm:
-    """On documents that no choice looked at; differences are to the best rank of the ladder."""
+    """On documents that no choice looked at; differences are to the best rank of the ladder, `failed` has none."""
 
     seeds: PositiveInt
     tolerance: Tolerance
     chosen: PositiveInt
     verdict: Literal["not worse", "worse", "cannot tell", "alone"]
     points: Annotated[tuple[Confirmed, ...], Field(min_length=1)]
+    failed: tuple[PositiveInt, ...] = ()
 
 
 @dataclass(frozen=True)

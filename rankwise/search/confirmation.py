@@ -9,16 +9,17 @@ from rankwise.search.allocation import ends, sentence
 from rankwise.search.case import Case
 from rankwise.search.rule import bounds, standings
 from rankwise.search.statistics import difference
+from rankwise.search.study import Found
 
 
 def confirm(case: Case) -> None:
     """The chosen rank and the best one; before that, whether ranks by layer are better here too.
 
     Where the budget pays for it, the chosen rank's neighbours on the ladder too: they are told of, and decide nothing,
-    for these documents choose nothing.
+    for these documents choose nothing.  One that fails is named.
 
     Raises:
-        DataError: training fails with another seed.
+        DataError: training fails with another seed, or losses are not finite numbers.
     """
     ladder, seeds = case.record["ladder"], range(case.budget.confirm_seeds)
     if case.spec.rank_pattern:
@@ -29,7 +30,7 @@ def confirm(case: Case) -> None:
     losses = dict(zip(ranks, case.losses(found, "confirm"), strict=True))
     there = {rank: own for rank, own in losses.items() if own is not None}
     if not {chosen, best} <= there.keys():
-        raise DataError("training failed with another seed at the rate that was found", hint="take a lower --lr")
+        raise _failed(found)
     gain, noise = (
         case.gain(there[best], "confirm"),
         case.noise_with([there[rank] for rank in sorted({chosen, best})], "confirm"),
@@ -43,6 +44,7 @@ def confirm(case: Case) -> None:
         for rank, one in standing.items()
     ]
     told = {"seeds": len(seeds), "tolerance": standing[chosen].tolerance, "chosen": chosen}
+    told["failed"] = [rank for rank in ranks if rank not in there]
     case.record["confirm"] = told | {"verdict": verdict, "points": points}
     if verdict in ("worse", "cannot tell"):
         case.spec = case.spec.model_copy(update={"rank": best, "rank_pattern": {}})
@@ -64,7 +66,7 @@ def _confirm_allocation(case: Case, seeds: Sequence[int]) -> None:
     found = case.trials.confirmed("confirm", [allocated, case.candidate_of(plain)], seeds)
     own, uniform = case.losses(found, "confirm")
     if own is None or uniform is None:
-        raise DataError("training failed with another seed at the rate that was found", hint="take a lower --lr")
+        raise _failed(found)
     apart = difference(own, uniform, case.trials.items("confirm"), case.noise_with([own, uniform], "confirm"))
     told = case.record["allocation"]
     told["confirmed"] = ends(apart)
@@ -72,3 +74,13 @@ def _confirm_allocation(case: Case, seeds: Sequence[int]) -> None:
         told["verdict"] = "not confirmed"
         case.spec = plain
     told["sentence"] = sentence(told)
+
+
+def _failed(found: Sequence[Sequence[Found]]) -> DataError:
+    """Why there is nothing to compare."""
+    if any(one.choose is None for row in found for one in row):
+        return DataError("training failed with another seed at the rate that was found", hint="take a lower --lr")
+    return DataError(
+        "losses are not finite numbers on documents to confirm on, though they are on those to choose by",
+        hint="--dtype float32 helps where numbers were too large for the format",
+    )

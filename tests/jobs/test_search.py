@@ -16,6 +16,7 @@ from rankwise.jobs.search import SearchRequest, opened, run_search, winner
 from rankwise.jobs.train import run_training
 from rankwise.search.allocation import patterned
 from rankwise.search.budget import BUDGETS
+from rankwise.search.study import Found, Trial
 from tests.jobs.tasks import BASES, write_task
 from tests.jobs.world import Listener, read, request, write_rows
 
@@ -83,8 +84,16 @@ def test_a_budget_may_confirm_the_ranks_beside_the_chosen_one(world, rows, tmp_p
         advisor.record["ladder"]["best"] = 8
         advisor.spec = advisor.spec.model_copy(update={"rank": 2})
         advisor.ask("confirm")
-    confirm = advisor.record["confirm"]
+        confirm = advisor.record["confirm"]
+        study, steps = advisor.trials.study, advisor.trials.steps(1.0)
+        study.keep(Trial(advisor.candidate(4), advisor.trials.loop.seed + 1, steps), "confirm", Found("diverged", 0.0, ()))
+        advisor.spec = advisor.spec.model_copy(update={"rank": 2})
+        advisor.ask("confirm")
+    again = advisor.record["confirm"]
+    assert again["failed"] == [4]
+    assert [point["rank"] for point in again["points"]] == [1, 2, 8]
     assert [point["rank"] for point in confirm["points"]] == [1, 2, 4, 8]
+    assert confirm["failed"] == []
     verdicts = {point["rank"]: point["verdict"] for point in confirm["points"]}
     assert verdicts[8] == "best"
     assert verdicts[2] == confirm["verdict"] != "alone"
