@@ -46,6 +46,7 @@ GOALS = {
     "one merged/one base": 1.0,
 }
 SWITCHED = 4  # requests of the slowest side
+LOADS = 15  # the first ones find memory that the heap has not held before
 
 
 def prompts(words: int, count: int, size: int) -> list[tuple[int, ...]]:
@@ -169,7 +170,7 @@ class Sides:
             self._exchange(lambda: None)  # the rack has taken it in
             found.append(1e3 * (time.perf_counter() - begin))
             self._exchange(lambda i=i: self.bank.remove(f"b{i}"))  # type: ignore[misc]
-        return {"from disk": statistics.median(found[1:]), "made current": self.switches(20 * times)}
+        return {"from disk": statistics.median(found[1:]), "made current": self.switches(4 * times)}
 
     def _exchange(self, work: Callable[[], None]) -> None:
         """Adapters alone come and go."""
@@ -212,7 +213,7 @@ def measured(sides: Sides, rounds: int, *, peft: bool) -> dict[str, Any]:
             with sides.merged() if name == "one_merged" else nullcontext():
                 rate = timed(getattr(sides, name))
             rates.setdefault(name, []).extend([rate] if turn else [])  # the first round warms up
-    loads = sides.loads(rounds)
+    loads = sides.loads(LOADS)
     engine.stop()
     median = {name.replace("_", " "): statistics.median(found) for name, found in rates.items()}
     every = {name: [round(rate, 1) for rate in found] for name, found in rates.items()}

@@ -86,7 +86,9 @@ def test_a_budget_may_confirm_the_ranks_beside_the_chosen_one(world, rows, tmp_p
         advisor.ask("confirm")
         confirm = advisor.record["confirm"]
         study, steps = advisor.trials.study, advisor.trials.steps(1.0)
-        study.keep(Trial(advisor.candidate(4), advisor.trials.loop.seed + 1, steps), "confirm", Found("diverged", 0.0, ()))
+        study.keep(
+            Trial(advisor.candidate(4), advisor.trials.loop.seed + 1, steps), "confirm", Found("diverged", 0.0, ())
+        )
         advisor.spec = advisor.spec.model_copy(update={"rank": 2})
         advisor.ask("confirm")
     again = advisor.record["confirm"]
