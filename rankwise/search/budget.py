@@ -17,7 +17,7 @@ class Budget:
         arms: share of the full length at which layers are compared, and other methods.
         confirm_seeds: with how many seeds the chosen rank is confirmed, and ranks by layer are compared.
         targets: whether layers are compared.
-        ladder: which ranks are trained at full length: each, those that halving the ladder asks for, or one that is cut.
+        ladder: ranks that are trained at full length: each, those that halving it asks for, or one that is cut.
         neighbours: whether the ranks beside the chosen one are confirmed with it.
         nested: whether one adapter is trained at all ranks at once, beside the ladder.
         control: whether what is left of an adapter is checked against training at its ranks.
