@@ -43,8 +43,8 @@ def confirm(case: Case) -> None:
         | {"gain": case.gain(there[rank], "confirm")}
         for rank, one in standing.items()
     ]
-    told = {"seeds": len(seeds), "tolerance": standing[chosen].tolerance, "chosen": chosen}
-    told["failed"] = [rank for rank in ranks if rank not in there]
+    failed = [rank for rank in ranks if rank not in there]
+    told = {"seeds": len(seeds), "tolerance": standing[chosen].tolerance, "chosen": chosen, "failed": failed}
     case.record["confirm"] = told | {"verdict": verdict, "points": points}
     if verdict in ("worse", "cannot tell"):
         case.spec = case.spec.model_copy(update={"rank": best, "rank_pattern": {}})
