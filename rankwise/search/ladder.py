@@ -50,6 +50,7 @@ def climb(case: Case) -> None:
         "chosen": ranks[chosen],
         "tolerance": standing[best].tolerance,
         "seeds": 1,
+        "untried": [rank for rank in case.ranks if rank not in ranks],
         "points": [
             {"rank": rank, "parameters": rank * each, "status": row[0].status, **one.told(upper=True)}
             | {"verdict": one.verdict, "chosen_in": share}

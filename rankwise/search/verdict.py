@@ -86,15 +86,9 @@ def _alone(record: dict[str, Any], best: int, told: str) -> tuple[str, str]:
         )
     if not below:
         return "recommended", f"the smallest rank{told}"
-    some = any(rank < best for rank in _untried(record))
+    some = any(rank < best for rank in ladder["untried"])
     smaller = f"rank {below[-1]['rank']}, the next smaller one" if some else "every smaller rank"
     return "recommended", f"measurably better than {smaller}{told}"
-
-
-def _untried(record: dict[str, Any]) -> list[int]:
-    """Ranks of the ladder that halving it did not ask for."""
-    tried = {point["rank"] for point in record["ladder"]["points"]}
-    return [rank for rank in record["count"]["ranks"] if rank not in tried]
 
 
 def _often(ladder: dict[str, Any], rank: int) -> float:
@@ -109,7 +103,7 @@ def _surer(record: dict[str, Any]) -> str:
         said.append("The best learning rate lies at the end of those that were tried: begin with --lr nearer to it.")
     if record["ladder"] is None:
         said.append("--budget standard trains ranks by themselves instead of cutting one adapter.")
-    elif untried := _untried(record):
+    elif untried := record["ladder"]["untried"]:
         said.append(f"--budget full trains rank {', '.join(map(str, untried))} too, which halving the ladder left out.")
     for point in confirm["points"]:
         delta = point["delta"]

@@ -19,9 +19,10 @@ def record(verdict):
         }
         for rank, gain in GAINS.items()
     ]
-    ladder = {"best": BEST, "points": [{"rank": rank, "verdict": "not worse", "chosen_in": 0.5} for rank in GAINS]}
+    points_of_ladder = [{"rank": rank, "verdict": "not worse", "chosen_in": 0.5} for rank in GAINS]
+    ladder = {"best": BEST, "untried": [], "points": points_of_ladder}
     confirm = {"chosen": CHOSEN, "verdict": verdict, "tolerance": 0.01, "points": points}
-    return {"count": {"ranks": [*GAINS]}, "confirm": confirm, "ladder": ladder, "noise": None, "rate": None}
+    return {"confirm": confirm, "ladder": ladder, "noise": None, "rate": None}
 
 
 @pytest.mark.parametrize(
@@ -52,7 +53,7 @@ def alone(ranks, tried, verdict="worse"):
     """The best of the ladder was chosen; below it every rank that was tried has one verdict."""
     told = record("not worse")
     verdicts = {rank: "best" if rank == BEST else verdict for rank in tried}
-    told["count"]["ranks"] = ranks
+    told["ladder"]["untried"] = [rank for rank in ranks if rank not in tried]
     told["ladder"]["points"] = [{"rank": r, "verdict": v, "chosen_in": 0.5} for r, v in verdicts.items()]
     told["confirm"] |= {"chosen": BEST, "verdict": "alone", "points": told["confirm"]["points"][1:]}
     return recommendation(told, {"rank": BEST, "alpha": 8.0, "lr": 1e-3, "targets": "mlp"})
