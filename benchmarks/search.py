@@ -11,8 +11,9 @@ the grid's best rate at rank 32, made smaller by `compress` on documents that no
 The regret is the loss of what was recommended less that of what the grid would have recommended, its lowest loss on the
 validation documents, measured on the test documents, which neither looked at.  `hindsight` is the same against the
 lowest of all runs on these very test documents: an oracle, whose luck counts against the search.  `--only time` leaves
-out the grid, for a machine that is quiet for minutes only; `--only regret` PEFT, for one that is not.  Prints one JSON
-object.
+out the grid, for a machine that is quiet for minutes only; `--only regret` PEFT, for one that is not.  `--record` takes
+from an earlier record of the same settings what the grid would have recommended and what was best in hindsight, and
+trains these two alone again: a search that has changed is judged without its grid.  Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ RANKS = (2, 4, 8, 16, 32, 64)
 POWERS = (-2, -1, 0, 1, 2, 3)
 ALPHA, RANK, LARGE, LENGTH = 32, 16, 32, 256
 SPARE = 1000  # documents for `compress`
+SETTINGS = ("documents", "judged", "epochs", "lr", "batch", "dtype")
+
+Cell = tuple[float, int]  # of a grid: learning rate and rank
 
 
 def request(arguments: argparse.Namespace, data: Path, out: Path, *, spare: bool = False) -> Any:
@@ -80,7 +84,8 @@ def compare(arguments: argparse.Namespace, data: Path, place: Path, grids: Path 
         answer |= {"ratio_to_grid": seconds / one_by_one, "ratio_to_one_run": seconds / alone}
         print(json.dumps(answer), file=sys.stderr, flush=True)  # the grid may take hours
     if arguments.only != "time":
-        answer |= _against_grid(arguments, data, (grids or place) / f"grid-{data.name}", told)
+        against = _against_grid if arguments.record is None else _against_record
+        answer |= against(arguments, data, (grids or place) / f"grid-{data.name}", told)
     return answer
 
 
@@ -105,32 +110,58 @@ def _against_grid(arguments: argparse.Namespace, data: Path, out: Path, told: di
     out.mkdir(exist_ok=True)
     with opened(SearchRequest(ranks=RANKS), request(arguments, data, out), Quiet()) as (advisor, _, _):
         cells = [(arguments.lr * 2.0**power, rank) for power, rank in product(POWERS, RANKS)]
-        candidates = [advisor.candidate(rank, lr) for lr, rank in cells]
-        grid = advisor.trials.confirmed("grid", candidates, [0])
-        own = advisor.trials.confirmed("grid", [advisor.candidate(told["rank"], told["lr"], told["targets"])], [0])
-        chosen_by = [advisor.mean(one) for one in advisor.losses(grid)]
-        losses, ours = advisor.losses(grid, "confirm"), advisor.losses(own, "confirm")[0]
+        candidates, chosen_by, losses = _trained(advisor, cells)
         means = [advisor.mean(one, "confirm") for one in losses]
         choice, best = lowest(chosen_by), lowest(means)
-        gain = advisor.gain(losses[choice], "confirm")["mean"]
         of_large = [i for i, (_, rank) in enumerate(cells) if rank == LARGE]
         large = candidates[of_large[lowest([chosen_by[i] for i in of_large])]]
         with tempfile.TemporaryDirectory() as folder:
             smaller = cut(advisor, large, request(arguments, data, Path(folder), spare=True))
-        items = advisor.trials.items("confirm")
         return {
-            "documents": {which: len(advisor.trials.items(which)) for which in ("choose", "confirm")},
-            "choice_of_grid": {"lr": cells[choice][0], "rank": cells[choice][1], "loss": means[choice]},
-            "best_of_grid": {"lr": cells[best][0], "rank": cells[best][1], "loss": means[best]},
-            "gain": gain,
-            "regret": _regret(ours, losses[choice], items, gain),
-            "hindsight": _regret(ours, losses[best], items, gain),
+            **_apart(advisor, told, (cells[choice], losses[choice]), (cells[best], losses[best])),
             "compress": smaller,
             "grid": [
                 {"lr": lr, "rank": rank, "chosen_by": first, "loss": loss}
                 for (lr, rank), first, loss in zip(cells, chosen_by, means, strict=True)
             ],
         }
+
+
+def _against_record(arguments: argparse.Namespace, data: Path, out: Path, told: dict[str, Any]) -> dict[str, Any]:
+    """The same against the grid of a record, of which only what it points at is trained again."""
+    from rankwise.jobs.search import SearchRequest, opened
+    from rankwise.jobs.watch import Quiet
+
+    record = json.loads(arguments.record.read_text(encoding="utf-8"))
+    other = {name: record[name] for name in SETTINGS if record[name] != getattr(arguments, name)}
+    earlier = next((one for one in record["every"] if one["data"] == data.name), None)
+    if other or earlier is None:
+        raise SystemExit(f"{arguments.record}: {other or data.name}: not what is asked for now")
+    cells = [(earlier[key]["lr"], earlier[key]["rank"]) for key in ("choice_of_grid", "best_of_grid")]
+    out.mkdir(exist_ok=True)
+    with opened(SearchRequest(ranks=RANKS), request(arguments, data, out), Quiet()) as (advisor, _, _):
+        _, _, losses = _trained(advisor, cells)
+        return _apart(advisor, told, *zip(cells, losses, strict=True)) | {"record": arguments.record.name}
+
+
+def _trained(advisor: Any, cells: list[Cell]) -> tuple[list[Any], list[float], list[Any]]:
+    """Candidates, what they lose in the middle of the documents to choose by, and each of those to confirm on."""
+    candidates = [advisor.candidate(rank, lr) for lr, rank in cells]
+    grid = advisor.trials.confirmed("grid", candidates, [0])
+    return candidates, [advisor.mean(one) for one in advisor.losses(grid)], advisor.losses(grid, "confirm")
+
+
+def _apart(advisor: Any, told: dict[str, Any], choice: tuple[Cell, Any], best: tuple[Cell, Any]) -> dict[str, Any]:
+    """How far what the search recommended is from two cells of the grid, of which the losses are known."""
+    own = advisor.trials.confirmed("grid", [advisor.candidate(told["rank"], told["lr"], told["targets"])], [0])
+    ours, items = advisor.losses(own, "confirm")[0], advisor.trials.items("confirm")
+    gain = advisor.gain(choice[1], "confirm")["mean"]
+    documents = {which: len(advisor.trials.items(which)) for which in ("choose", "confirm")}
+    found: dict[str, Any] = {"documents": documents, "gain": gain}
+    for name, how, ((lr, rank), losses) in (("choice", "regret", choice), ("best", "hindsight", best)):
+        found[f"{name}_of_grid"] = {"lr": lr, "rank": rank, "loss": advisor.mean(losses, "confirm")}
+        found[how] = _regret(ours, losses, items, gain)
+    return found
 
 
 def _regret(ours: Any, theirs: Any, items: Any, gain: float) -> dict[str, Any]:
@@ -285,6 +316,7 @@ def main() -> None:
     parser.add_argument("--budget", default="standard")
     parser.add_argument("--allocate", choices=("activations", "gradients"))
     parser.add_argument("--grids", type=Path, help="an existing folder: runs of grids are kept there, and found again")
+    parser.add_argument("--record", type=Path, help="an earlier record, whose grid is not trained again")
     parser.add_argument("--only", choices=("time", "regret"))
     parser.add_argument("--peft", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -299,7 +331,7 @@ def main() -> None:
             json.dumps({key: value for key, value in found[-1].items() if key != "grid"}), file=sys.stderr, flush=True
         )
     told = {"model": Path(arguments.model).name, "task": arguments.task, "budget": arguments.budget}
-    told |= {name: getattr(arguments, name) for name in ("documents", "judged", "epochs", "lr", "batch", "dtype")}
+    told |= {name: getattr(arguments, name) for name in SETTINGS}
     print(json.dumps(told | {"machine": machine("peft"), "every": found}, indent=2))
 
 

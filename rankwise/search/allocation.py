@@ -28,7 +28,7 @@ from rankwise.data.corpus import Corpus
 from rankwise.data.split import split
 from rankwise.engine.look import Look, Spectrum
 from rankwise.engine.run import Start
-from rankwise.errors import DataError, SpecError
+from rankwise.errors import SpecError
 from rankwise.search.case import Case
 from rankwise.search.rule import bounds
 from rankwise.search.statistics import Estimate, Noise, beyond, difference
@@ -152,7 +152,7 @@ def _tried(case: Case, ranks: Ranks, others: Sequence[Ranks], costs: Mapping[str
     found = case.trials.made("allocation", candidates, range(case.budget.confirm_seeds), 1.0)
     losses = dict(zip(specs, case.losses(found), strict=True))
     if losses["uniform"] is None:
-        raise DataError("training failed with another seed at the rate that was found", hint="take a lower --lr")
+        raise case.failed(found)
     items = case.trials.items("choose")
     noise = case.noise_with([own for own in losses.values() if own is not None], "choose")
     against = judged(losses, items, noise)

@@ -85,6 +85,16 @@ class Case:
             raise DataError("training failed for every candidate of a step", hint="lower --lr, and look at the data")
         return means
 
+    @staticmethod
+    def failed(found: Sequence[Sequence[Found]]) -> DataError:
+        """Why there is nothing to compare, of what had learnt well with another seed or on other documents."""
+        if any(one.choose is None for row in found for one in row):
+            return DataError("training failed with another seed at the rate that was found", hint="take a lower --lr")
+        return DataError(
+            "losses are not finite numbers on documents to confirm on, though they are on those to choose by",
+            hint="--dtype float32 helps where numbers were too large for the format",
+        )
+
     def gain(self, losses: np.ndarray, which: str = "choose") -> dict[str, float]:
         """Of the base over a candidate, nats per judged item; positive where the candidate is better."""
         base = np.broadcast_to(self.trials.base(which), losses.shape)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rankwise.errors import DataError
 from rankwise.search.allocation import ends, sentence
 from rankwise.search.case import Case
 from rankwise.search.rule import bounds, standings
 from rankwise.search.statistics import difference
-from rankwise.search.study import Found
 
 
 def confirm(case: Case) -> None:
@@ -30,7 +28,7 @@ def confirm(case: Case) -> None:
     losses = dict(zip(ranks, case.losses(found, "confirm"), strict=True))
     there = {rank: own for rank, own in losses.items() if own is not None}
     if not {chosen, best} <= there.keys():
-        raise _failed(found)
+        raise case.failed(found)
     gain, noise = (
         case.gain(there[best], "confirm"),
         case.noise_with([there[rank] for rank in sorted({chosen, best})], "confirm"),
@@ -66,7 +64,7 @@ def _confirm_allocation(case: Case, seeds: Sequence[int]) -> None:
     found = case.trials.confirmed("confirm", [allocated, case.candidate_of(plain)], seeds)
     own, uniform = case.losses(found, "confirm")
     if own is None or uniform is None:
-        raise _failed(found)
+        raise case.failed(found)
     apart = difference(own, uniform, case.trials.items("confirm"), case.noise_with([own, uniform], "confirm"))
     told = case.record["allocation"]
     told["confirmed"] = ends(apart)
@@ -74,13 +72,3 @@ def _confirm_allocation(case: Case, seeds: Sequence[int]) -> None:
         told["verdict"] = "not confirmed"
         case.spec = plain
     told["sentence"] = sentence(told)
-
-
-def _failed(found: Sequence[Sequence[Found]]) -> DataError:
-    """Why there is nothing to compare."""
-    if any(one.choose is None for row in found for one in row):
-        return DataError("training failed with another seed at the rate that was found", hint="take a lower --lr")
-    return DataError(
-        "losses are not finite numbers on documents to confirm on, though they are on those to choose by",
-        hint="--dtype float32 helps where numbers were too large for the format",
-    )

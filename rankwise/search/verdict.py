@@ -104,7 +104,8 @@ def _surer(record: dict[str, Any]) -> str:
     if record["ladder"] is None:
         said.append("--budget standard trains ranks by themselves instead of cutting one adapter.")
     elif untried := record["ladder"]["untried"]:
-        said.append(f"--budget full trains rank {', '.join(map(str, untried))} too, which halving the ladder left out.")
+        ranks = f"{'rank' if len(untried) == 1 else 'ranks'} {', '.join(map(str, untried))}"
+        said.append(f"--budget full trains {ranks} too, which halving the ladder left out.")
     for point in confirm["points"]:
         delta = point["delta"]
         if point["rank"] != confirm["chosen"] or delta is None or delta["upper"] <= confirm["tolerance"]:

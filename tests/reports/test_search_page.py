@@ -157,7 +157,7 @@ def test_without_a_ladder_the_cut_adapter_stands_alone(pages):
 def test_ranks_that_halving_left_out_are_named(page, tmp_path):
     found = whole()
     found["ladder"] |= {"points": [found["ladder"]["points"][at] for at in (1, 2, 4, 5)], "untried": [2, 16]}
-    assert "so that rank 2, 16 were not trained. The others were, at full length" in words(report(tmp_path, found))
+    assert "so that ranks 2, 16 were not trained. The others were, at full length" in words(report(tmp_path, found))
     assert "Every rank was trained at full length" in words(page)
 
 
