@@ -47,6 +47,7 @@ GOALS = {
 }
 SWITCHED = 4  # requests of the slowest side
 LOADS = 15  # the first ones find memory that the heap has not held before
+SWITCHES = 60
 
 
 def prompts(words: int, count: int, size: int) -> list[tuple[int, ...]]:
@@ -156,8 +157,14 @@ class Sides:
     def merged(self) -> Iterator[None]:
         """Within it an adapter is merged into the base."""
         self.engine.between_steps(lambda: self.bank.merge("a0")).result()
+        self._taken_in()
         yield
         self.engine.between_steps(self.bank.unmerge).result()
+        self._taken_in()
+
+    def _taken_in(self) -> None:
+        """The engine has found out what a change made of the bank: it does so after it has told that it is made."""
+        self._exchange(lambda: None)
 
     # ── loading ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -167,10 +174,10 @@ class Sides:
         for i in range(times + 1):
             begin = time.perf_counter()
             self._exchange(lambda i=i: self.bank.load(f"b{i}", self.place / "a0"))  # type: ignore[misc]
-            self._exchange(lambda: None)  # the rack has taken it in
+            self._taken_in()
             found.append(1e3 * (time.perf_counter() - begin))
             self._exchange(lambda i=i: self.bank.remove(f"b{i}"))  # type: ignore[misc]
-        return {"from disk": statistics.median(found[1:]), "made current": self.switches(4 * times)}
+        return {"from disk": statistics.median(found[1:]), "made current": self.switches(SWITCHES)}
 
     def _exchange(self, work: Callable[[], None]) -> None:
         """Adapters alone come and go."""
