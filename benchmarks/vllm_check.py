@@ -5,11 +5,11 @@
 
 vLLM lives in an environment of its own.  Two adapters are drawn at random and converted: a plain one with patterns of
 ranks and alphas and with rsLoRA's scaling, whose conversion must say the same as the adapter itself; and one of form
-dora, which vLLM does not serve, whose cut must say the same as it does here.  vLLM answers the base alone, both adapters
-in one batch, and both again with the base beside them, in float32.  Prints one JSON object: whether the greedy tokens
-are the same, and how far their log probabilities are apart; exits with 1 where tokens differ, or log probabilities by
-more than 1e-3.  The base beside adapters is vLLM's own affair, told and not judged: version 0.30 on a processor takes
-its later tokens through one of them.
+dora, which vLLM does not serve, whose cut must say the same as it does here.  vLLM answers the base alone, both
+adapters in one batch, and both again with the base beside them, in float32.  Prints one JSON object: whether the greedy
+tokens are the same, and how far their log probabilities are apart; exits with 1 where tokens differ, or log
+probabilities by more than 1e-3.  The base beside adapters is vLLM's own affair, told and not judged: version 0.30 on a
+processor takes its later tokens through one of them.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def here(model: Any, ids: list[int], count: int) -> Said:
 
 
 def ours(model: str, count: int, place: Path) -> dict[str, Any]:
-    """Writes the adapters and what `convert` makes of them; the ids of the text, what is said here, and the ranks told."""
+    """Writes adapters and what `convert` makes of them; the ids of the text, what is said here, and the rank to ask for."""
     import torch
 
     from rankwise.adapters.spec import LoraSpec
@@ -73,8 +73,9 @@ def ours(model: str, count: int, place: Path) -> dict[str, Any]:
             for factors in bank.adapter(name).sites.values():
                 torch.nn.init.normal_(factors.B, std=0.02)
             bank.save(name, place / name)
-            asked = [command, "convert", place / name, "--for", "vllm", "--model", model, "--out", place / f"{name}-vllm"]
-            done = subprocess.run(list(map(str, asked)), check=True, capture_output=True, text=True)
+            asked = [command, "convert", place / name, "--for", "vllm", "--model", model]
+            asked = list(map(str, [*asked, "--out", place / f"{name}-vllm"]))
+            done = subprocess.run(asked, check=True, capture_output=True, text=True)
             ranks += map(int, re.findall(r"--max-lora-rank (\d+)", done.stdout))  # of the command that it tells of
             if spec.get("form") == "dora":  # what vLLM is given is another adapter
                 bank.remove(name)
@@ -118,9 +119,9 @@ def compare(model: str, count: int, python: str, place: Path) -> dict[str, Any]:
     asked |= {name: found[name] for name in ("ids", "max_lora_rank")}
     asked["folders"] = {name: str(place / f"{name}-vllm") for name in SPECS}
     (place / "asked.json").write_text(json.dumps(asked), encoding="utf-8")
-    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     line = [python, __file__, "--there", str(place)]
-    done = subprocess.run(line, env=alone, stdout=sys.stderr, check=False)
+    done = subprocess.run(line, env=own | {"VLLM_CPU_KVCACHE_SPACE": "1"}, stdout=sys.stderr, check=False)
     if done.returncode:
         raise SystemExit(f"vLLM ended with {done.returncode}")
     other = json.loads((place / "said.json").read_text(encoding="utf-8"))
