@@ -13,7 +13,9 @@ validation documents, measured on the test documents, which neither looked at.  
 lowest of all runs on these very test documents: an oracle, whose luck counts against the search.  `--only time` leaves
 out the grid, for a machine that is quiet for minutes only; `--only regret` PEFT, for one that is not.  `--record` takes
 from an earlier record of the same settings what the grid would have recommended and what was best in hindsight, and
-trains these two alone again: a search that has changed is judged without its grid.  Prints one JSON object.
+trains these two alone again: a search that has changed is judged without its grid.  Where the grid's choice and the
+search's differ, both are then trained with two more seeds (`regret_with_seeds`): one run of each says also which was
+luckier.  Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ RANKS = (2, 4, 8, 16, 32, 64)
 POWERS = (-2, -1, 0, 1, 2, 3)
 ALPHA, RANK, LARGE, LENGTH = 32, 16, 32, 256
 SPARE = 1000  # documents for `compress`
+SEEDS = 3
 SETTINGS = ("documents", "judged", "epochs", "lr", "batch", "dtype")
 
 Cell = tuple[float, int]  # of a grid: learning rate and rank
@@ -141,7 +144,8 @@ def _against_record(arguments: argparse.Namespace, data: Path, out: Path, told: 
     out.mkdir(exist_ok=True)
     with opened(SearchRequest(ranks=RANKS), request(arguments, data, out), Quiet()) as (advisor, _, _):
         _, _, losses = _trained(advisor, cells)
-        return _apart(advisor, told, *zip(cells, losses, strict=True)) | {"record": arguments.record.name}
+        found = _apart(advisor, told, *zip(cells, losses, strict=True))
+        return found | {"regret_with_seeds": _with_seeds(advisor, told, cells[0]), "record": arguments.record.name}
 
 
 def _trained(advisor: Any, cells: list[Cell]) -> tuple[list[Any], list[float], list[Any]]:
@@ -153,7 +157,7 @@ def _trained(advisor: Any, cells: list[Cell]) -> tuple[list[Any], list[float], l
 
 def _apart(advisor: Any, told: dict[str, Any], choice: tuple[Cell, Any], best: tuple[Cell, Any]) -> dict[str, Any]:
     """How far what the search recommended is from two cells of the grid, of which the losses are known."""
-    own = advisor.trials.confirmed("grid", [advisor.candidate(told["rank"], told["lr"], told["targets"])], [0])
+    own = advisor.trials.confirmed("grid", [_recommended(advisor, told)], [0])
     ours, items = advisor.losses(own, "confirm")[0], advisor.trials.items("confirm")
     gain = advisor.gain(choice[1], "confirm")["mean"]
     documents = {which: len(advisor.trials.items(which)) for which in ("choose", "confirm")}
@@ -162,6 +166,22 @@ def _apart(advisor: Any, told: dict[str, Any], choice: tuple[Cell, Any], best: t
         found[f"{name}_of_grid"] = {"lr": lr, "rank": rank, "loss": advisor.mean(losses, "confirm")}
         found[how] = _regret(ours, losses, items, gain)
     return found
+
+
+def _recommended(advisor: Any, told: dict[str, Any]) -> Any:
+    return advisor.candidate(told["rank"], told["lr"], told["targets"])
+
+
+def _with_seeds(advisor: Any, told: dict[str, Any], choice: Cell) -> dict[str, Any] | None:
+    """The regret once more, of `SEEDS` trainings each; None where both are one and the same."""
+    (lr, rank), own = choice, _recommended(advisor, told)
+    other = advisor.candidate(rank, lr)
+    if own == other:
+        return None
+    found = advisor.trials.confirmed("grid", [own, other], range(SEEDS))
+    ours, theirs = advisor.losses(found, "confirm")
+    gain = advisor.gain(theirs, "confirm")["mean"]
+    return {"seeds": SEEDS, **_regret(ours, theirs, advisor.trials.items("confirm"), gain)}
 
 
 def _regret(ours: Any, theirs: Any, items: Any, gain: float) -> dict[str, Any]:

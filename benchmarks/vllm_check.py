@@ -55,7 +55,7 @@ def here(model: Any, ids: list[int], count: int) -> Said:
 
 
 def ours(model: str, count: int, place: Path) -> dict[str, Any]:
-    """Writes adapters and what `convert` makes of them; the ids of the text, what is said here, and the rank to ask for."""
+    """Writes adapters and what `convert` makes of them; ids of the text, what is said here, and the rank to ask for."""
     import torch
 
     from rankwise.adapters.spec import LoraSpec
