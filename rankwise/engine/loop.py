@@ -141,6 +141,7 @@ class _Training:
         self.status = dict.fromkeys(self.trainees, "learning")
         self.done = self.begun = 0  # steps; those made before this process
         self.judged = -1  # the step that was last judged
+        self.saved = time.monotonic()  # when the last checkpoint was written, or all began
 
     def close(self) -> None:
         for trainee in self.trainees.values():
@@ -156,7 +157,7 @@ class _Training:
                 at_end = self.done == self.steps or not self.active
                 if self.judged != self.done and (self.done % self.evaluate_every == 0 or at_end):
                     self.judge(interrupt)
-                if self.done and (self.done % self.save_every == 0 or at_end):
+                if self.done and (self.done % self.save_every == 0 or at_end) and self.is_due:
                     self.save()
                 if at_end or not self.active:
                     break
@@ -306,6 +307,11 @@ class _Training:
 
     # ── checkpoints ──────────────────────────────────────────────────────────────────────────────────────────────
 
+    @property
+    def is_due(self) -> bool:
+        """Whether the last checkpoint is long enough ago."""
+        return time.monotonic() - self.saved >= self.loop.save_apart
+
     def save(self) -> None:
         """A checkpoint of this moment; a disk that is full loses the checkpoint, not the run."""
         if self.folder is None:
@@ -323,6 +329,7 @@ class _Training:
             save_checkpoint(self.folder.checkpoints, Checkpoint(self.done, numbers, tensors), self.loop.keep)
         except RunFolderError as error:
             self.tell({"kind": "event", "what": "checkpoint failed", "step": self.done, "message": str(error)})
+        self.saved = time.monotonic()
 
     def restore(self) -> None:
         """Takes up the newest whole checkpoint; a run that was stopped before its first one begins again.

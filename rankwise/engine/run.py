@@ -116,6 +116,8 @@ class Loop(Settings):
         seed: of the order of documents; an adapter's start and dropout have the seed that it was added with.
         evaluate_every: steps between evaluations on the validation documents; 0 chooses about ten a run.
         save_every: steps between checkpoints; 0 saves at every evaluation.
+        save_apart: seconds that must lie between two checkpoints, or none is written, not even at the end; for runs
+            that may begin again. One that is told to stop always leaves a checkpoint.
         patience: stop after so many evaluations without a new best; 0 never stops early.
         keep: how many checkpoints stay on disk.
         checkpointing: keep only each block's input and compute the rest again: less memory, a third more time.
@@ -130,6 +132,7 @@ class Loop(Settings):
     seed: int = Field(default=0, ge=0)
     evaluate_every: int = Field(default=0, ge=0)
     save_every: int = Field(default=0, ge=0)
+    save_apart: float = Field(default=0, ge=0)
     patience: int = Field(default=0, ge=0)
     keep: int = Field(default=2, ge=1)
     checkpointing: bool = False

@@ -124,10 +124,10 @@ def _check(asked: SearchRequest, request: TrainRequest) -> None:
         raise SpecError("a search compares ranks that are trained alone", hint="leave out nested; train with it after")
     if asked.allocate is not None:
         _check_allocation(request)
-    if request.form != "lora" and BUDGETS[asked.budget].ladder == "cut":
+    if request.form != "lora" and BUDGETS[asked.budget].cut:
         raise SpecError(
             f"budget {asked.budget} cuts one adapter of form lora, and the form is {request.form}",
-            hint="--budget standard trains ranks by themselves",
+            hint="--budget standard trains every rank",
         )
 
 

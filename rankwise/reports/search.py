@@ -154,14 +154,11 @@ class LadderPoint:
 
 @dataclass(frozen=True)
 class Ladder:
-    """`untried`: ranks that halving it left out."""
-
     best: PositiveInt
     chosen: PositiveInt
     tolerance: Tolerance
     seeds: PositiveInt
     points: tuple[LadderPoint, ...]
-    untried: tuple[PositiveInt, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -17,7 +16,7 @@ class Budget:
         arms: share of the full length at which layers are compared, and other methods.
         confirm_seeds: with how many seeds the chosen rank is confirmed, and ranks by layer are compared.
         targets: whether layers are compared.
-        ladder: ranks that are trained at full length: each, those that halving it asks for, or one that is cut.
+        cut: whether the ranks of the ladder are one large adapter, cut, and not trained each at full length.
         neighbours: whether the ranks beside the chosen one are confirmed with it.
         nested: whether one adapter is trained at all ranks at once, beside the ladder.
         control: whether what is left of an adapter is checked against training at its ranks.
@@ -30,7 +29,7 @@ class Budget:
     arms: float
     confirm_seeds: int
     targets: bool = True
-    ladder: Literal["each", "halved", "cut"] = "halved"
+    cut: bool = False
     neighbours: bool = False
     nested: bool = False
     control: bool = False
@@ -39,7 +38,7 @@ class Budget:
 _HALVED = (1 / 8, 1 / 4, 1.0)  # a short run prefers a higher rate than a long one: the last rung has the full length
 
 BUDGETS = {
-    "express": Budget(3, 1 / 4, (-2, -1, 0, 1, 2), (1 / 4,), 1 / 4, targets=False, ladder="cut", confirm_seeds=1),
+    "express": Budget(3, 1 / 4, (-2, -1, 0, 1, 2), (1 / 4,), 1 / 4, targets=False, cut=True, confirm_seeds=1),
     "standard": Budget(3, 1 / 4, (-2, -1, 0, 1, 2, 3), _HALVED, 1 / 4, confirm_seeds=3, control=True),
     "full": Budget(
         5,
@@ -48,7 +47,6 @@ BUDGETS = {
         _HALVED,
         1 / 2,
         confirm_seeds=5,
-        ladder="each",
         neighbours=True,
         nested=True,
         control=True,

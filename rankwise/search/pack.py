@@ -29,6 +29,8 @@ from rankwise.surgery.bank import Bank
 
 Tell = Callable[[str, float], None]  # what is being done, and how far that is
 
+_APART = 60  # seconds between checkpoints: a pack that is killed loses no more, and a short one writes none
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -138,7 +140,8 @@ class Bench:
     def _learn(self, pack: Pack, names: list[str], folder: RunFolder, tell: Tell) -> dict[str, str]:
         """How training ended for each: no loss is looked at on the way, so that all end at their last step."""
         statuses, steps = dict.fromkeys(names, "finished"), pack.steps
-        pace = {"max_steps": steps, "seed": pack.seed, "evaluate_every": steps, "save_every": max(1, steps // 4)}
+        pace = {"max_steps": steps, "seed": pack.seed, "evaluate_every": steps}
+        pace |= {"save_every": max(1, steps // 4), "save_apart": _APART}
 
         def observe(event: dict[str, Any]) -> None:
             if event["kind"] == "step":

@@ -86,9 +86,7 @@ def _alone(record: dict[str, Any], best: int, told: str) -> tuple[str, str]:
         )
     if not below:
         return "recommended", f"the smallest rank{told}"
-    some = any(rank < best for rank in ladder["untried"])
-    smaller = f"rank {below[-1]['rank']}, the next smaller one" if some else "every smaller rank"
-    return "recommended", f"measurably better than {smaller}{told}"
+    return "recommended", f"measurably better than every smaller rank{told}"
 
 
 def _often(ladder: dict[str, Any], rank: int) -> float:
@@ -102,10 +100,7 @@ def _surer(record: dict[str, Any]) -> str:
     if rate is not None and not rate["interior"]:
         said.append("The best learning rate lies at the end of those that were tried: begin with --lr nearer to it.")
     if record["ladder"] is None:
-        said.append("--budget standard trains ranks by themselves instead of cutting one adapter.")
-    elif untried := record["ladder"]["untried"]:
-        ranks = f"{'rank' if len(untried) == 1 else 'ranks'} {', '.join(map(str, untried))}"
-        said.append(f"--budget full trains {ranks} too, which halving the ladder left out.")
+        said.append("--budget standard trains every rank instead of cutting one adapter.")
     for point in confirm["points"]:
         delta = point["delta"]
         if point["rank"] != confirm["chosen"] or delta is None or delta["upper"] <= confirm["tolerance"]:

@@ -103,13 +103,14 @@ def test_no_code_on_the_way_takes_it_for_an_error():
 # ── in training ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def learn(out, observe=None, resume=False) -> dict[str, torch.Tensor]:
+def learn(out, observe=None, resume=False, save_apart=0.0) -> dict[str, torch.Tensor]:
     with held_folder(out, resume=resume) as folder, Bank(tiny("llama")) as bank:
         bank.add("a", spec("all-linear", dropout=0.2))
         before = state_of(bank.model)[1], bank.model.config._attn_implementation
         try:
-            settings = {"loop": Loop(batch_tokens=40, epochs=2, save_every=2), "out": folder, "resume": resume}
-            train(bank, {"a": Run(lr=5e-3)}, random_corpus([7, 9, 5, 12] * 4), observe=observe, **settings)
+            loop = Loop(batch_tokens=40, epochs=2, save_every=2, save_apart=save_apart)
+            settings = {"loop": loop, "out": folder, "resume": resume, "observe": observe}
+            train(bank, {"a": Run(lr=5e-3)}, random_corpus([7, 9, 5, 12] * 4), **settings)
         finally:  # however it ended, the model is its owner's again
             assert (state_of(bank.model)[1], bank.model.config._attn_implementation) == before
         return {path: tensor.detach().clone() for path, tensor in bank.named_parameters("a")}
@@ -130,6 +131,20 @@ def test_a_run_stopped_at_once_by_a_second_ctrl_c_is_resumed_from_its_last_check
     saved = sorted(place.name for place in (tmp_path / "cut" / "checkpoints").iterdir())
     assert saved == ["step-000002", "step-000004"]
     resumed = learn(tmp_path / "cut", resume=True)
+    assert all(torch.equal(resumed[path], whole[path]) for path in whole)
+
+
+def test_checkpoints_too_near_one_another_are_left_out_but_that_of_a_run_that_is_stopped(tmp_path):
+    def stop(event):
+        if event["kind"] == "step" and event["step"] == 5:
+            send(signal.SIGTERM)
+
+    whole = learn(tmp_path / "whole", save_apart=3600)
+    assert [*(tmp_path / "whole").rglob("step-*")] == []
+    with pytest.raises(Interrupted):
+        learn(tmp_path / "cut", stop, save_apart=3600)
+    assert [place.name for place in (tmp_path / "cut").rglob("step-*")] == ["step-000005"]
+    resumed = learn(tmp_path / "cut", resume=True, save_apart=3600)
     assert all(torch.equal(resumed[path], whole[path]) for path in whole)
 
 

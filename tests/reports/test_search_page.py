@@ -154,13 +154,6 @@ def test_without_a_ladder_the_cut_adapter_stands_alone(pages):
     assert len(re.findall(r"Not run: ", said)) == 3  # layers, methods and ranks by layer
 
 
-def test_ranks_that_halving_left_out_are_named(page, tmp_path):
-    found = whole()
-    found["ladder"] |= {"points": [found["ladder"]["points"][at] for at in (1, 2, 4, 5)], "untried": [2, 16]}
-    assert "so that ranks 2, 16 were not trained. The others were, at full length" in words(report(tmp_path, found))
-    assert "Every rank was trained at full length" in words(page)
-
-
 def test_ranks_by_layer_that_are_better_are_in_the_recommendation(pages):
     said = words(pages["allocated"])
     assert "ranks given out by gradients are recommended" in said

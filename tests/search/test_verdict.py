@@ -20,7 +20,7 @@ def record(verdict):
         for rank, gain in GAINS.items()
     ]
     points_of_ladder = [{"rank": rank, "verdict": "not worse", "chosen_in": 0.5} for rank in GAINS]
-    ladder = {"best": BEST, "untried": [], "points": points_of_ladder}
+    ladder = {"best": BEST, "points": points_of_ladder}
     confirm = {"chosen": CHOSEN, "verdict": verdict, "tolerance": 0.01, "points": points}
     return {"confirm": confirm, "ladder": ladder, "noise": None, "rate": None}
 
@@ -49,19 +49,12 @@ def test_of_the_next_smaller_rank_it_is_said_what_new_documents_say(verdict, sai
     assert f"; rank 2 {said}; " in found["sentence"]
 
 
-def alone(ranks, tried, verdict="worse"):
-    """The best of the ladder was chosen; below it every rank that was tried has one verdict."""
+def test_of_a_best_that_was_chosen_itself_it_is_said_what_of_smaller_ones_is_known():
     told = record("not worse")
-    verdicts = {rank: "best" if rank == BEST else verdict for rank in tried}
-    told["ladder"]["untried"] = [rank for rank in ranks if rank not in tried]
-    told["ladder"]["points"] = [{"rank": r, "verdict": v, "chosen_in": 0.5} for r, v in verdicts.items()]
     told["confirm"] |= {"chosen": BEST, "verdict": "alone", "points": told["confirm"]["points"][1:]}
-    return recommendation(told, {"rank": BEST, "alpha": 8.0, "lr": 1e-3, "targets": "mlp"})
-
-
-def test_of_ranks_that_halving_left_out_nothing_is_said_to_be_measured():
-    every, some = alone([8, 16, 32, 64], [8, 16, 32, 64]), alone([8, 16, 32, 64], [16, 32, 64])
-    assert "measurably better than every smaller rank;" in every["sentence"]
-    assert "measurably better than rank 16, the next smaller one;" in some["sentence"]
-    assert some["surer"].startswith("--budget full trains rank 8 too, which halving the ladder left out.")
-    assert "halving" not in every["surer"]
+    for verdict, said in (("worse", "measurably better than every smaller rank;"), ("cannot tell", "cannot be told")):
+        verdicts = {8: "worse", 16: verdict, BEST: "best", 64: "not worse"}
+        told["ladder"]["points"] = [{"rank": r, "verdict": v, "chosen_in": 0.5} for r, v in verdicts.items()]
+        found = recommendation(told, {"rank": BEST, "alpha": 8.0, "lr": 1e-3, "targets": "mlp"})
+        assert said in found["sentence"]
+        assert ("rank 16 is enough" in found["sentence"]) == (verdict == "cannot tell")
