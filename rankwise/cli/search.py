@@ -102,7 +102,7 @@ def _as_told(parameter: inspect.Parameter) -> inspect.Parameter:
 
 def _options() -> list[inspect.Parameter]:
     options: dict[str, Any] = {
-        "budget": (str, "express (about 4 full runs), standard (12) or full (25) [standard]."),
+        "budget": (str, "express (about 4 full runs), standard (13) or full (25) [standard]."),
         "ranks": (str, "Ranks of the ladder, with commas [by what there is to learn from]."),
         "also": (list[str], "Another candidate, as setting=value[,setting=value]; may be repeated."),
         "allocate": (str, "Give the rank out by layer, by activations or gradients, and see whether it is better."),

@@ -36,8 +36,8 @@ static void await(Phase *phase, i64 tasks) {
 
 static i64 least(i64 a, i64 b) { return a < b ? a : b; }
 
-/* One adapter's at one layer, each in the order in which it is read: A by eight of its rows, [inputs / WIDE][8][WIDE] with
- * zeros behind; s·B by sixteen outputs, words [rank / PAIR][16].  The rank is a multiple of 8, 0 for none.  grouped.py has
+/* One adapter's at one layer, each in the order in which it is read: A by sixteen of its rows and at the end by eight,
+ * [inputs / WIDE][16 or 8][WIDE] with zeros behind; s·B by sixteen outputs, words [rank / PAIR][16].  The rank is a multiple of 8, 0 for none.  grouped.py has
  * the same. */
 typedef struct {
     const void *A, *B;
@@ -97,7 +97,9 @@ typedef struct {
 
 /* So many bytes are on their way into the second cache. */
 INLINE void fetch(const void *from, i64 bytes) {
-    for (i64 i = 0; i < bytes; i += 64) _mm_prefetch((const char *)from + i, _MM_HINT_T1);
+    const char *line = from, *end = line + bytes;
+    for (; line + 512 <= end; line += 512) UNROLL for (int i = 0; i < 8; i++) _mm_prefetch(line + 64 * i, _MM_HINT_T1);
+    for (; line < end; line += 64) _mm_prefetch(line, _MM_HINT_T1);
 }
 
 static i64 tiles_of(const Site *site) { return (site->outputs + LANES - 1) / LANES; }

@@ -119,9 +119,8 @@ static void NAME(base_tile)(const Site *site, const i64 *adapters, const NUM *x,
             fetch(next, each);
             NAME(fetch_B)(site, adapters[n + c / 4], first);
             if (coming) NAME(fetch_A)(coming, adapters[n + c / 4], coming->done + first / LANES);
-            NAME(dots_4_4)(W + c * size, size, x + n * size, size, size, out);
-            UNROLL for (int i = 0; i < 4; i++) UNROLL for (int j = 0; j < 4; j++) sums[(n + j) * LANES + c + i] =
-                out[4 * i + j];
+            NAME(dots_4_4)(x + n * size, size, W + c * size, size, size, out);
+            UNROLL for (int j = 0; j < 4; j++) _mm_storeu_ps(sums + (n + j) * LANES + c, _mm_loadu_ps(out + 4 * j));
         }
     static void (*const few[])(const NUM *, i64, const NUM *, i64, i64, float *) = {NAME(dots_4_1), NAME(dots_4_2),
                                                                                    NAME(dots_4_3)};
@@ -133,19 +132,31 @@ static void NAME(base_tile)(const Site *site, const i64 *adapters, const NUM *x,
     }
 }
 
-/* shrink = A·x, eight rows of A at a time. */
+/* out = R rows of A, as they are laid out, times x. */
+#define SHRINK(R)                                                                                                      \
+    static void NAME(shrink_##R)(const NUM *A, const NUM *x, i64 size, NUM *out) {                                     \
+        __m512 sum[16];                                                                                                \
+        UNROLL for (int i = 0; i < 16; i++) sum[i] = _mm512_setzero_ps();                                              \
+        i64 k = 0;                                                                                                     \
+        for (; k + WIDE <= size; k += WIDE, A += R * WIDE) {                                                           \
+            NVEC b = LOAD_WHOLE(x + k);                                                                                \
+            UNROLL for (int i = 0; i < R; i++) sum[i] = DOT(sum[i], LOAD_WHOLE(A + i * WIDE), b);                      \
+        }                                                                                                              \
+        if (k < size) {                                                                                                \
+            NVEC b = LOAD_PART(x + k, size - k);                                                                       \
+            UNROLL for (int i = 0; i < R; i++) sum[i] = DOT(sum[i], LOAD_WHOLE(A + i * WIDE), b);                      \
+        }                                                                                                              \
+        STORE(out, across(sum), (1 << R) - 1);                                                                         \
+    }
+SHRINK(16) SHRINK(8)
+#undef SHRINK
+
+/* shrink = A·x. */
 static void NAME(shrink)(const Site *site, i64 adapter, const NUM *x, NUM *shrink) {
     const Factors *own = NAME(factors)(site, adapter);
-    const NUM *A = own ? own->A : 0;
-    for (i64 r = 0; own && r < own->rank; r += 8) {
-        __m512 sum[16];
-        UNROLL for (int i = 0; i < 16; i++) sum[i] = _mm512_setzero_ps();
-        for (i64 k = 0; k < site->inputs; k += WIDE, A += 8 * WIDE) {
-            NVEC b = NAME(some_of)(x + k, site->inputs - k);
-            UNROLL for (int i = 0; i < 8; i++) sum[i] = DOT(sum[i], LOAD_WHOLE(A + i * WIDE), b);
-        }
-        STORE(shrink + r, across(sum), 0xff);
-    }
+    i64 r = 0, rank = own ? own->rank : 0, row = ROUND_UP(site->inputs, WIDE);
+    for (; r + 16 <= rank; r += 16) NAME(shrink_16)((const NUM *)own->A + r * row, x, site->inputs, shrink + r);
+    if (r < rank) NAME(shrink_8)((const NUM *)own->A + r * row, x, site->inputs, shrink + r);
 }
 
 /* gain ∘ (sum + s·B·shrink) + bias for sixteen columns from `first` on. */
@@ -296,18 +307,20 @@ static void NAME(attend)(const Past *past, i64 n, i64 g, NAME(Heads_) q, const N
 
 /* ── laying out ───────────────────────────────────────────────────────────────────────────────────────────────── */
 
-/* A by eight of its rows, s·B by sixteen outputs, as `Factors` has them, zeros behind. */
+/* A by sixteen or eight of its rows, s·B by sixteen outputs, as `Factors` has them, zeros behind. */
 static void NAME(lay_out)(const Plain *own) {
     NUM *A = own->to_A;
-    for (i64 r = 0; r < own->rank; r += 8)
+    i64 step = ROUND_UP(own->rank, 8), many;
+    for (i64 r = 0; r < step; r += many) {
+        many = r + 16 <= step ? 16 : 8;
         for (i64 i = 0; i < own->inputs; i += WIDE)
-            for (i64 j = r; j < r + 8; j++, A += WIDE) {
+            for (i64 j = r; j < r + many; j++, A += WIDE) {
                 i64 some = j < own->rank ? least(WIDE, own->inputs - i) : 0;
                 for (i64 k = 0; k < some; k++) A[k] = OF(own->A[j * own->inputs + i + k]);
                 for (i64 k = some; k < WIDE; k++) A[k] = 0;
             }
+    }
     NUM *B = own->to_B;
-    i64 step = ROUND_UP(own->rank, 8);
     memset(B, 0, ROUND_UP(own->outputs, LANES) * step * sizeof(NUM));
     for (i64 o = 0; o < own->outputs; o++) {
         NUM *tile = B + o / LANES * LANES * step + o % LANES * PAIR;
