@@ -37,8 +37,8 @@ static void await(Phase *phase, i64 tasks) {
 static i64 least(i64 a, i64 b) { return a < b ? a : b; }
 
 /* One adapter's at one layer, each in the order in which it is read: A by sixteen of its rows and at the end by eight,
- * [inputs / WIDE][16 or 8][WIDE] with zeros behind; s·B by sixteen outputs, words [rank / PAIR][16].  The rank is a multiple of 8, 0 for none.  grouped.py has
- * the same. */
+ * [inputs / WIDE][16 or 8][WIDE] with zeros behind; s·B by sixteen outputs, words [rank / PAIR][16].  The rank is a
+ * multiple of 8, 0 for none.  grouped.py has the same. */
 typedef struct {
     const void *A, *B;
     const float *gain; /* [outputs] or NULL */
