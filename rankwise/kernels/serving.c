@@ -14,7 +14,12 @@
 
 #include "vector.h"
 
-enum { ROWS = 64 /* rows through a tile of W at a time */, SOME = 3 /* tiles of a task */, PHASES = 10 /* of a layer */ };
+enum {
+    ROWS = 64,    /* rows through a tile of W at a time */
+    SOME = 3,     /* tiles of a task */
+    TOGETHER = 8, /* rows of a task that adds to a product, where there are many */
+    PHASES = 10   /* of a layer */
+};
 
 /* What threads do between two waits, in tasks: each thread takes the next one that nobody has taken.  A thread that does
  * not come, because another process has its processor, is not waited for unless it has a task in hand; at a barrier of

@@ -207,26 +207,36 @@ static void NAME(outputs)(const Site *site, const i64 *adapters, const NUM *x, i
     }
 }
 
-/* Adds what an adapter adds to one row of y = x·Wᵀ + bias. */
-static void NAME(addition)(const Site *site, i64 adapter, const NUM *x, NUM *shrink, NUM *y) {
+/* Adds what adapters add to some rows of y = x·Wᵀ + bias; neighbours through one adapter share what is read of it. */
+static void NAME(additions)(const Site *site, const i64 *adapters, const NUM *x, NUM *y, i64 rows, NUM *shrinks, i64 step) {
     Site bare = *site;
-    const Factors *own = NAME(factors)(site, adapter);
-    if (!own) return;
-    NAME(shrink)(site, adapter, x, shrink);
-    bare.bias = own->gain ? site->bias : 0; /* under a gain it is taken off first and put back */
-    for (i64 c = 0; c < site->outputs; c += LANES) {
-        __mmask16 some = lanes_left(c, site->outputs);
-        __m512 v = READ(y + c, some);
-        if (bare.bias) v = _mm512_sub_ps(v, _mm512_maskz_loadu_ps(some, bare.bias + c));
-        STORE(y + c, NAME(finished)(&bare, own, v, shrink, c, some), some);
+    for (i64 begin = 0, end; begin < rows; begin = end) {
+        const Factors *own = NAME(factors)(site, adapters[begin]);
+        for (end = begin + 1; end < rows && adapters[end] == adapters[begin];) end++;
+        if (!own) continue;
+        for (i64 n = begin; n < end; n++) NAME(shrink)(site, adapters[n], x + n * site->inputs, shrinks + n * step);
+        bare.bias = own->gain ? site->bias : 0; /* under a gain it is taken off first and put back */
+        for (i64 c = 0; c < site->outputs; c += LANES) {
+            __mmask16 some = lanes_left(c, site->outputs);
+            for (i64 n = begin; n < end; n++) {
+                NUM *at_ = y + n * site->outputs + c;
+                __m512 v = READ(at_, some);
+                if (bare.bias) v = _mm512_sub_ps(v, _mm512_maskz_loadu_ps(some, bare.bias + c));
+                STORE(at_, NAME(finished)(&bare, own, v, shrinks + n * step, c, some), some);
+            }
+        }
     }
 }
 
 static void NAME(product)(const Site *site, const i64 *adapters, const NUM *x, NUM *y, i64 rows, NUM *shrinks, i64 step,
                           Phase *phases) {
     if (!site->weight) {
-        EACH(phases, rows)
-            NAME(addition)(site, adapters[task], x + task * site->inputs, shrinks + task * step, y + task * site->outputs);
+        i64 many = rows > ROWS ? TOGETHER : 1;
+        EACH(phases, (rows + many - 1) / many) {
+            i64 n = task * many;
+            NAME(additions)(site, adapters + n, x + n * site->inputs, y + n * site->outputs, least(many, rows - n),
+                            shrinks + n * step, step);
+        }
         return;
     }
     if (step) {
