@@ -149,7 +149,7 @@ def _against_record(arguments: argparse.Namespace, data: Path, out: Path, told: 
 
 
 def _trained(advisor: Any, cells: list[Cell]) -> tuple[list[Any], list[float], list[Any]]:
-    """Candidates, what they lose in the middle of the documents to choose by, and each of those to confirm on."""
+    """Candidates, what each loses on the documents to choose by, and losses on every document to confirm on."""
     candidates = [advisor.candidate(rank, lr) for lr, rank in cells]
     grid = advisor.trials.confirmed("grid", candidates, [0])
     return candidates, [advisor.mean(one) for one in advisor.losses(grid)], advisor.losses(grid, "confirm")

@@ -87,7 +87,7 @@ def ours(model: str, count: int, place: Path) -> dict[str, Any]:
 
 
 def there(asked: dict[str, Any]) -> dict[str, Any]:
-    """In vLLM's environment: what it says, all in one batch."""
+    """In vLLM's environment: what it says to the base, to all adapters at once, and to both at once."""
     import vllm
     from vllm.lora.request import LoRARequest
 
@@ -145,6 +145,8 @@ def main() -> int:
         found = there(json.loads((asked.there / "asked.json").read_text(encoding="utf-8")))
         (asked.there / "said.json").write_text(json.dumps(found), encoding="utf-8")
         return 0
+    if asked.model is None or asked.vllm is None:
+        parser.error("--model and --vllm are needed")
     from where import machine
 
     with tempfile.TemporaryDirectory() as folder:

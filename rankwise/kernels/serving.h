@@ -137,13 +137,8 @@ static void NAME(base_tile)(const Site *site, const i64 *adapters, const NUM *x,
     static void NAME(shrink_##R)(const NUM *A, const NUM *x, i64 size, NUM *out) {                                     \
         __m512 sum[16];                                                                                                \
         UNROLL for (int i = 0; i < 16; i++) sum[i] = _mm512_setzero_ps();                                              \
-        i64 k = 0;                                                                                                     \
-        for (; k + WIDE <= size; k += WIDE, A += R * WIDE) {                                                           \
-            NVEC b = LOAD_WHOLE(x + k);                                                                                \
-            UNROLL for (int i = 0; i < R; i++) sum[i] = DOT(sum[i], LOAD_WHOLE(A + i * WIDE), b);                      \
-        }                                                                                                              \
-        if (k < size) {                                                                                                \
-            NVEC b = LOAD_PART(x + k, size - k);                                                                       \
+        for (i64 k = 0; k < size; k += WIDE, A += R * WIDE) {                                                          \
+            NVEC b = NAME(some_of)(x + k, size - k);                                                                   \
             UNROLL for (int i = 0; i < R; i++) sum[i] = DOT(sum[i], LOAD_WHOLE(A + i * WIDE), b);                      \
         }                                                                                                              \
         STORE(out, across(sum), (1 << R) - 1);                                                                         \

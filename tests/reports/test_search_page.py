@@ -146,7 +146,9 @@ def test_how_sure_it_is_can_be_seen(pages, name, kind, look):
 
 
 def test_without_a_ladder_the_cut_adapter_stands_alone(pages):
+    assert "Every rank was trained at full length" in words(pages["whole"])
     said = words(pages["express"])
+    assert "Every rank was trained" not in said
     assert "against the same adapter at rank 64" in said
     assert "against rank 32, the best" not in said
     assert "+0.0297" in said

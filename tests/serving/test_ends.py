@@ -109,7 +109,7 @@ def test_an_address_of_the_newer_kind(shelf):
 
 @pytest.mark.parametrize("storage", ["int8", "nf4"])
 def test_a_base_in_codes_answers_as_it_does_alone(shelf, storage):
-    """Greedy, through the bare base and through an adapter, in one batch."""
+    """Greedy, through the bare base and through an adapter."""
     named = {"a": shelf / "adapters" / "a"}
     with running(shelf / "model", adapters=named, storage=storage, force=True) as server:
         service = server.service
