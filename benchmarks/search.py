@@ -11,11 +11,11 @@ the grid's best rate at rank 32, made smaller by `compress` on documents that no
 The regret is the loss of what was recommended less that of what the grid would have recommended, its lowest loss on the
 validation documents, measured on the test documents, which neither looked at.  `hindsight` is the same against the
 lowest of all runs on these very test documents: an oracle, whose luck counts against the search.  `--only time` leaves
-out the grid, for a machine that is quiet for minutes only; `--only regret` PEFT, for one that is not.  `--record` takes
-from an earlier record of the same settings what the grid would have recommended and what was best in hindsight, and
-trains these two alone again: a search that has changed is judged without its grid.  Where the grid's choice and the
-search's differ, both are then trained with two more seeds (`regret_with_seeds`): one run of each says also which was
-luckier.  Prints one JSON object.
+out the grid, for a machine that is quiet for minutes only; `--only regret` PEFT, for one that is not; `--only compress`
+does (4) alone, of one run at `--lr`, which should be the grid's best.  `--record` takes from an earlier record of the
+same settings what the grid would have recommended and what was best in hindsight, and trains these two alone again: a
+search that has changed is judged without its grid.  Where the grid's choice and the search's differ, both are then
+trained with two more seeds (`regret_with_seeds`): one run of each says also which was luckier.  Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -67,6 +67,8 @@ def compare(arguments: argparse.Namespace, data: Path, place: Path, grids: Path 
     from rankwise.jobs.watch import Quiet
 
     place.mkdir(parents=True)
+    if arguments.only == "compress":
+        return {"data": data.name, "compress": _large_cut(arguments, data, place / "large")}
     asked = SearchRequest(budget=arguments.budget, ranks=RANKS, allocate=arguments.allocate, until="confirm")
     began = time.perf_counter()
     found = run_search(asked, request(arguments, data, place / "search"), Quiet())
@@ -219,6 +221,19 @@ def cut(advisor: Any, candidate: Any, spare: Any) -> dict[str, Any]:
     return told | {"gain_lost": float((small - large) / (base - large))}
 
 
+def _large_cut(arguments: argparse.Namespace, data: Path, out: Path) -> dict[str, Any]:
+    """`cut` without a grid: of one run at the rate that is asked for."""
+    from rankwise.jobs.search import SearchRequest, opened
+    from rankwise.jobs.watch import Quiet
+
+    out.mkdir()
+    with opened(SearchRequest(), request(arguments, data, out), Quiet()) as (advisor, _, _):
+        large = advisor.candidate(LARGE, arguments.lr)
+        advisor.trials.confirmed("grid", [large], [0])
+        with tempfile.TemporaryDirectory() as folder:
+            return cut(advisor, large, request(arguments, data, Path(folder), spare=True))
+
+
 def _peft(arguments: argparse.Namespace, data: Path, dtype: str) -> float:
     """Seconds of one run."""
     asked = ["--peft", str(data), "--dtype", dtype, "--model", arguments.model, "--task", arguments.task]
@@ -337,7 +352,7 @@ def main() -> None:
     parser.add_argument("--allocate", choices=("activations", "gradients"))
     parser.add_argument("--grids", type=Path, help="an existing folder: runs of grids are kept there, and found again")
     parser.add_argument("--record", type=Path, help="an earlier record, whose grid is not trained again")
-    parser.add_argument("--only", choices=("time", "regret"))
+    parser.add_argument("--only", choices=("time", "regret", "compress"))
     parser.add_argument("--peft", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.peft is not None:

@@ -1,11 +1,14 @@
 """A low-rank change as a sum of parts of rank one, each of which can be left out by itself.
 
-    s·B·A = Σ λₖ·uₖ·vₖᵀ,  uₖ orthonormal
+    s·B·A = Q·C·Vᵀ = Σ λₖ·uₖ·vₖᵀ,  Q and V orthonormal
 
-Taken apart through matrices of the adapter's own size, R × R; none of the size of W is made.  With `root` L of
-M = E[(A·x)(A·x)ᵀ] = L·Lᵀ, the parts are those of the layer's outputs: of all sums of K parts, the first K come nearest
-to s·B·A·x over the inputs x that M was measured on (the weighted low-rank approximation of Eckart and Young).  Without
-it every input counts alike, and they are the singular triplets of s·B·A.
+Taken apart through its core C, of the adapter's own size, R × R; nothing of the size of W is made.  The parts are the
+singular triplets of C where all that comes in and goes out counts alike.  What counts can be told by two roots: with G
+of L = G·Gᵀ for what goes out and N of M = N·Nᵀ for what comes in, parts are taken from the singular triplets of
+Gᵀ·C·N.  With M = E[(Vᵀ·x)(Vᵀ·x)ᵀ] alone these are the parts of the layer's outputs: of all sums of K parts, the first K
+come nearest to s·B·A·x over the inputs x that M was measured on (the weighted low-rank approximation of Eckart and
+Young).  With the two factors of a Kronecker product near the Fisher information of C (Martens and Grosse 2015, K-FAC),
+the first K come nearest in what they do to the loss.
 
 Shape letters: O outputs, I inputs, R rank, K the kernel of a convolution.
 """
@@ -22,15 +25,58 @@ from rankwise.adapters.lowrank import LowRank, SiteShape
 
 
 @dataclass(frozen=True)
+class Core:
+    """A site's change between orthonormal bases of its outputs and its inputs; float64.
+
+    Attributes:
+        shape: of the site.
+        left: Q, `[O, R]`; no more columns than the site has outputs.
+        core: C, `[R, R]`.
+        right: V, `[I·K, R]`; no more columns than the site has inputs.
+        dropout: of the branch.
+    """
+
+    shape: SiteShape
+    left: Tensor
+    core: Tensor
+    right: Tensor
+    dropout: float = 0.0
+
+    def trainable(self) -> LowRank:
+        """The change with Q for its B and C·Vᵀ for its A, so that the gradient of C is that of A times V."""
+        shape_A, shape_B = self.shape.factor_shapes(self.left.shape[1])
+        A, B = (self.core @ self.right.t()).float(), self.left.float()
+        return LowRank(A.reshape(shape_A), B.reshape(shape_B), 1.0)
+
+    @torch.no_grad()
+    def parts(self, outputs: Tensor | None = None, inputs: Tensor | None = None) -> Parts:
+        """The parts.
+
+        Args:
+            outputs: G `[R, R]`, see above; with an inverse.
+            inputs: N `[R, R]`.
+        """
+        seen = self.core if outputs is None else outputs.t() @ self.core
+        turn, does, _ = torch.linalg.svd(seen if inputs is None else seen @ inputs, full_matrices=False)
+        back = turn if outputs is None else torch.linalg.solve(outputs.t(), turn)
+        rows = turn.t() @ seen @ self.right.t()
+        longer, norms = back.norm(dim=0), rows.norm(dim=1)
+        left = self.left @ (back / longer)
+        right = rows / norms.clamp(min=torch.finfo(norms.dtype).tiny)[:, None]
+        left, values, right, weights = (part.float() for part in (left, longer * norms, right, does.square()))
+        return Parts(self.shape, left.contiguous(), values, right.contiguous(), weights, self.dropout)
+
+
+@dataclass(frozen=True)
 class Parts:
     """The parts of one site, the one that does most first; float32.
 
     Attributes:
         shape: of the site.
-        left: uₖ, `[O, R]`.
+        left: uₖ, `[O, R]`, of norm one; orthonormal unless what goes out was told apart.
         values: λₖ, `[R]`, not negative: the norm of each part.
         right: vₖᵀ, `[R, I·K]`, of norm one; a part that is zero has zeros.
-        weights: `[R]`, the square of what each part does: ‖λₖ·vₖᵀ·x‖² in the mean, or λₖ² without a root.
+        weights: `[R]`, the square of what each part does: of its singular value, see above.
         dropout: of the branch.
     """
 
@@ -50,9 +96,9 @@ class Parts:
         return self.shape.parameters(1)
 
     def switchable(self) -> LowRank:
-        """All of them in form `adalora`: Λ is λ, and which directions take part can be said at any time."""
+        """All of them in form `adalora`, to be measured: Λ is λ, which directions take part can be said at any time."""
         A, B = self._shaped(self.right, self.left)
-        return LowRank(A, B, 1.0, self.dropout, lam=self.values.clone())
+        return LowRank(A, B, 1.0, lam=self.values.clone())
 
     def only(self, kept: Sequence[int]) -> LowRank:
         """Some of them as plain A and B with factor 1, each part's norm shared evenly between the two."""
@@ -66,19 +112,18 @@ class Parts:
 
 
 @torch.no_grad()
-def parts_of(factors: LowRank, root: Tensor | None = None) -> Parts:
-    """The parts of a site's change.
+def core_of(factors: LowRank) -> Core:
+    """The core of a site's change.
 
     Args:
         factors: of form `lora`; other forms by their `plain`.
-        root: L `[R, R]`, see above.
     """
     A, B = (factor.detach().cpu().double().flatten(1) for factor in factors.factors())
-    basis, core = torch.linalg.qr(factors.scale * B)
-    seen = torch.linalg.qr(A.t())[1].t() if root is None else root.detach().cpu().double()
-    turn, does, _ = torch.linalg.svd(core @ seen)
-    rows = turn.t() @ core @ A
-    norms = rows.norm(dim=1)
-    right = rows / norms.clamp(min=torch.finfo(norms.dtype).tiny)[:, None]
-    left, values, right, weights = (part.float() for part in (basis @ turn, norms, right, does.square()))
-    return Parts(factors.shape, left.contiguous(), values, right.contiguous(), weights, factors.dropout)
+    left, own = torch.linalg.qr(factors.scale * B)
+    right, other = torch.linalg.qr(A.t())
+    return Core(factors.shape, left, own @ other.t(), right, factors.dropout)
+
+
+def parts_of(factors: LowRank) -> Parts:
+    """The singular triplets of a site's change, of form `lora`; other forms by their `plain`."""
+    return core_of(factors).parts()

@@ -13,17 +13,18 @@ the tolerance: what is shown is that it is not worse, not merely that nobody cou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from rankwise.adapters.adapter import Adapter
-from rankwise.adapters.parts import Parts, parts_of
+from rankwise.adapters.lowrank import LowRank
+from rankwise.adapters.parts import Parts, core_of
 from rankwise.adapters.spec import Form, LoraSpec, exactly
 from rankwise.data.examples import Examples
 from rankwise.data.split import split
@@ -31,12 +32,14 @@ from rankwise.engine.evaluate import Evaluation, compared, measured_documents
 from rankwise.engine.forward import Forward
 from rankwise.engine.paired import Difference, paired_difference
 from rankwise.engine.tasks.choose import task_for
+from rankwise.engine.tasks.task import Task
 from rankwise.engine.trainee import check_can_learn
 from rankwise.errors import DataError, SpecError, listing
 from rankwise.search.tolerance import Tolerance
-from rankwise.search.worth import Worth, fisher_worth, input_roots
+from rankwise.search.worth import Worth, fisher_roots, input_roots
 from rankwise.surgery.bank import Bank
 
+Tell = Callable[[str, float], None]
 Measured = tuple[np.ndarray, np.ndarray]  # losses and predicted classes, by document
 
 BOUND = 0.90  # a two-sided interval of this confidence ends at one-sided 95 % bounds
@@ -168,25 +171,41 @@ def compress(
     first, second = split(examples, 0.5, seed)
     tell = advance or (lambda stage, share: None)
     task = task_for(examples)
-    roots: dict[str, Tensor] = {}
+    parts = _taken_apart(bank, task, name, whole, first, worth, tell)
+    switchable = {path: own.switchable() for path, own in parts.items()}
+    with _probe(bank, "adalora", switchable, whole) as probe, Forward(bank, task) as forward:
+        trial = _Trial(forward, name, probe, parts, _ordered(parts), tuple(frequencies), tell)
+        return trial.course(first, second, tolerance or Tolerance(), whole, worth)
+
+
+def _taken_apart(
+    bank: Bank, task: type[Task], name: str, whole: Adapter, examples: Examples, worth: Worth, tell: Tell
+) -> dict[str, Parts]:
+    """The parts of every site, with those directions told apart that the worth tells apart."""
+    cores = {path: core_of(factors) for path, factors in whole.sites.items()}
     if worth == "activations":
         with Forward(bank, task) as forward:
             looking = partial(tell, "looking at activations")
-            roots = input_roots(forward, name, whole.sites, first, _MICRO_TOKENS, looking)
-    parts = {path: parts_of(factors, roots.get(path)) for path, factors in whole.sites.items()}
-    switchable = {path: own.switchable() for path, own in parts.items()}
-    probe = _free_name(bank)
-    bank.put(probe, Adapter(LoraSpec(form="adalora"), switchable, whole.modules, tokens=whole.tokens))
+            roots = input_roots(forward, name, cores, examples, _MICRO_TOKENS, looking)
+            return {path: core.parts(inputs=roots[path]) for path, core in cores.items()}
+    if worth == "fisher":
+        check_can_learn(bank)
+        trainable = {path: core.trainable() for path, core in cores.items()}
+        with _probe(bank, "lora", trainable, whole) as probe, Forward(bank, task) as forward:
+            both = fisher_roots(forward, probe, cores, examples, partial(tell, "looking at gradients"))
+            return {path: core.parts(*both[path]) for path, core in cores.items()}
+    return {path: core.parts() for path, core in cores.items()}
+
+
+@contextmanager
+def _probe(bank: Bank, form: Form, sites: dict[str, LowRank], whole: Adapter) -> Iterator[str]:
+    """The adapter put another way, in the bank under a name of its own for as long as it is looked at."""
+    name = next(name for number in range(len(bank.names) + 1) if (name := f"parts-{number}") not in bank)
+    bank.put(name, Adapter(LoraSpec(form=form), sites, whole.modules, tokens=whole.tokens))
     try:
-        with Forward(bank, task) as forward:
-            scores = {path: own.weights.double() for path, own in parts.items()}
-            if worth == "fisher":
-                check_can_learn(bank)
-                scores = fisher_worth(forward, probe, first, partial(tell, "weighing the parts"))
-            trial = _Trial(forward, name, probe, parts, _ordered(parts, scores), tuple(frequencies), tell)
-            return trial.course(first, second, tolerance or Tolerance(), whole, worth)
+        yield name
     finally:
-        bank.remove(probe)
+        bank.remove(name)
 
 
 def check_divisible(name: str, form: Form) -> None:
@@ -206,10 +225,6 @@ def _check(whole: Adapter, name: str) -> None:
     check_divisible(name, whole.spec.form)
     if not whole.sites:
         raise SpecError(f"{name!r} has no low-rank part: there is nothing to take out")
-
-
-def _free_name(bank: Bank) -> str:
-    return next(name for number in range(len(bank.names) + 1) if (name := f"parts-{number}") not in bank)
 
 
 @dataclass(frozen=True)
@@ -240,11 +255,11 @@ class _Order:
         return int(np.searchsorted(self.parameters, parameters, side="right")) - 1
 
 
-def _ordered(parts: dict[str, Parts], scores: dict[str, Tensor]) -> _Order:
+def _ordered(parts: dict[str, Parts]) -> _Order:
     sites = np.concatenate([np.full(len(own), number) for number, own in enumerate(parts.values())])
     within = np.concatenate([np.arange(len(own)) for own in parts.values()])
     costs = np.concatenate([np.full(len(own), own.parameters) for own in parts.values()])
-    each = np.concatenate([scores[path].numpy() for path in parts]) / costs
+    each = np.concatenate([own.weights.numpy() for own in parts.values()]) / costs
     order = np.argsort(-each, kind="stable")
     return _Order(sites[order], within[order], np.concatenate([[0], np.cumsum(costs[order])]))
 

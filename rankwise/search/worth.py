@@ -1,20 +1,25 @@
-"""What each part of an adapter is worth: an estimate of how much the loss would change without it.
+"""What the parts of an adapter are worth: an estimate of how much the loss would change without them.
 
-    plain        the square of its norm: inputs and outputs all count alike
+    plain        the square of a part's norm: inputs and outputs all count alike
     activations  the square of what it adds to its layer's output, in the mean over tokens
-    fisher       ½·λ²·F: the loss along the part, in second order; F is the mean of the squared gradients by λ of single
-                 documents, the empirical Fisher information (as in optimal brain damage, LeCun et al. 1990)
+    fisher       ½·cᵀ·F·c for the part as a change c of its site's core: the loss in second order, with the empirical
+                 Fisher information for its curvature (as in optimal brain damage, LeCun et al. 1990)
 
-The first order, -λ·g, is left out.  An adapter that has learnt its documents by heart has parts without which other
-documents would be better off; put last for that, those that move the loss most would be the first to go, and what a
-bound has to allow for is how far single documents are moved, which is λ²·F (docs/log.md, 2026-11-26).
+Each is the square of a singular value of the core between two roots, made here, and the parts are those of that very
+product (`adapters/parts.py`): what is taken apart by one measure is put in order by the same.  F has R² × R² numbers a
+site; in its place stands the Kronecker product of its two factors E[g·gᵀ] and E[gᵀ·g], of the same trace (K-FAC,
+Martens and Grosse 2015).  A second pass that counts λ²·F of every part put no better order (docs/log.md, 2026-11-27).
+
+The first order of the loss is left out.  An adapter that has learnt its documents by heart has parts without which
+other documents would be better off; put last for that, those that move the loss most would be the first to go, and what
+a bound has to allow for is how far single documents are moved, which is the second order (docs/log.md, 2026-11-26).
 
 The estimates put the parts in an order.  What leaving them out costs is measured (`search/compression.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Literal
 
@@ -22,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rankwise.adapters.lowrank import LowRank
+from rankwise.adapters.parts import Core
 from rankwise.data.examples import Examples
 from rankwise.data.order import micro_batches
 from rankwise.engine.forward import Forward
@@ -31,21 +36,23 @@ from rankwise.errors import SpecError, TrainingError, listing
 Worth = Literal["plain", "activations", "fisher"]
 Advance = Callable[[float], None]
 
+_FLOOR = 1e-6  # nothing that goes out counts for less than this much of what counts most, so that G has an inverse
+
 
 def input_roots(
     forward: Forward,
     name: str,
-    sites: Mapping[str, LowRank],
+    cores: Mapping[str, Core],
     examples: Examples,
     micro_tokens: int,
     advance: Advance,
 ) -> dict[str, Tensor]:
-    """L `[R, R]` of E[(A·x)(A·x)ᵀ] = L·Lᵀ at every site, over all tokens of the documents; float64.
+    """N `[R, R]` of E[(Vᵀ·x)(Vᵀ·x)ᵀ] = N·Nᵀ at every site, over all tokens of the documents; float64.
 
     Args:
         forward: holds the bank of the adapter.
         name: of it.
-        sites: what it is at every site, in plain A and B.
+        cores: of its sites; V is `right`.
         examples, micro_tokens: documents, and how much of them goes through at once.
         advance: is told how far it is, from 0 to 1.
 
@@ -56,16 +63,16 @@ def input_roots(
     rows: dict[str, int] = {}  # tokens that went through; of an expert only its own
 
     def watching(path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        A = sites[path].A.detach()
+        V = cores[path].right.to(forward.model.device, torch.float32)
 
         def watch(_: nn.Module, given: tuple[Any, ...]) -> None:
-            shrunk = given[0].detach().reshape(-1, A.shape[1]).to(A.dtype) @ A.t()
+            shrunk = given[0].detach().reshape(-1, len(V)).float() @ V
             moments[path] = moments.get(path, 0) + (shrunk.t() @ shrunk).double()
             rows[path] = rows.get(path, 0) + len(shrunk)
 
         return watch
 
-    flat = [path for path, factors in sites.items() if forward.bank.sites[path].kind.width_dims == 1]
+    flat = [path for path in cores if forward.bank.sites[path].kind.width_dims == 1]
     with ExitStack() as held:
         for path in flat:
             module: Any = forward.model.get_submodule(path)
@@ -74,7 +81,7 @@ def input_roots(
         for number, batch in enumerate(batches, start=1):
             forward.measure(examples, batch, [(name, len(batch))])
             advance(number / len(batches))
-    if missing := sorted(sites.keys() - moments.keys()):
+    if missing := sorted(cores.keys() - moments.keys()):
         raise SpecError(
             f"activations are known of linear layers that the documents go through, and these are none:\n"
             f"{listing(missing)}",
@@ -91,42 +98,68 @@ def _batches(forward: Forward, examples: Examples, micro_tokens: int) -> Sequenc
     return micro_batches(order, examples.lengths(), micro_tokens)
 
 
-def _root(moment: Tensor) -> Tensor:
+def _root(moment: Tensor, floor: float = 0.0) -> Tensor:
+    """A root of a second moment; no direction counts for less than `floor` of the one that counts most."""
     values, vectors = torch.linalg.eigh(moment)
-    return vectors * values.clamp(min=0).sqrt()
+    return vectors * values.clamp(min=floor * float(values[-1])).sqrt()
 
 
-def fisher_worth(forward: Forward, name: str, examples: Examples, advance: Advance) -> dict[str, Tensor]:
-    """½·λ²·F of every direction `[R]` of an adapter of form `adalora`, nats per judged item; float64.
+def fisher_roots(
+    forward: Forward, name: str, cores: Mapping[str, Core], examples: Examples, advance: Advance
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """G and N of the Fisher information of every core, near G·Gᵀ ⊗ N·Nᵀ; float64.
 
-    Each document goes through by itself, forward and backward, and only Λ is given gradients.
+    With g the gradient of C by one document, G·Gᵀ is E[g·gᵀ] and N·Nᵀ is E[gᵀ·g] but for a factor, with which the
+    squares of the singular values of Gᵀ·C·N are ½·cᵀ·F·c of the parts, in nats per judged item.
+
+    Args:
+        forward: holds the bank of the adapter.
+        name: of one that has `Core.trainable` at every site.
+        cores: of its sites.
+        examples: documents; each goes through by itself, forward and backward.
+        advance: is told how far it is, from 0 to 1.
 
     Raises:
         TrainingError: gradients are not finite; names the documents.
     """
     sites = forward.bank.adapter(name).sites
-    lam = {path: factors.lam for path, factors in sites.items() if factors.lam is not None}
-    trained = {id(own) for own in lam.values()}
+    right = {path: core.right.to(sites[path].A) for path, core in cores.items()}
+    sides = {path: core.core.shape for path, core in cores.items()}
+    outgoing, incoming = ({path: torch.zeros(2 * [of[side]]).double() for path, of in sides.items()} for side in (0, 1))
+    for gradients in _gradients(forward, name, examples, advance):
+        for path, gradient in gradients.items():
+            own = (gradient.flatten(1) @ right[path]).cpu().double()
+            outgoing[path] += own @ own.t()
+            incoming[path] += own.t() @ own
+    items = int(examples.supervised_counts().sum())
+    return {path: _factored(outgoing[path], incoming[path], items) for path in cores}
+
+
+def _factored(outgoing: Tensor, incoming: Tensor, items: int) -> tuple[Tensor, Tensor]:
+    trace = float(incoming.trace())
+    if trace == 0:  # no document goes through the site
+        return torch.eye(len(outgoing)).double(), incoming
+    return _root(outgoing / trace, _FLOOR), _root(incoming / (2 * items))
+
+
+def _gradients(forward: Forward, name: str, examples: Examples, advance: Advance) -> Iterator[dict[str, Tensor]]:
+    """Of A at every site, one document after the other; none where a document goes past a site."""
+    trained = {path: factors.A for path, factors in forward.bank.adapter(name).sites.items()}
+    asked = {id(own) for own in trained.values()}
     for _, parameter in forward.bank.named_parameters(name):
-        parameter.requires_grad_(id(parameter) in trained)
-    squares = {path: torch.zeros(len(own), dtype=torch.float64) for path, own in lam.items()}
+        parameter.requires_grad_(id(parameter) in asked)
     bad = []
     for document in range(len(examples)):
-        for own in lam.values():
+        for own in trained.values():
             own.grad = None
         forward.learn(examples, [document], [(name, 1)], np.ones(1), tick=0)
-        found = {path: own.grad.detach().cpu().double() for path, own in lam.items() if own.grad is not None}
-        if not all(bool(one.isfinite().all()) for one in found.values()):
+        found = {path: own.grad.detach() for path, own in trained.items() if own.grad is not None}
+        if all(bool(gradient.isfinite().all()) for gradient in found.values()):
+            yield found
+        else:
             bad.append(examples.origin(document))
-            continue
-        for path, one in found.items():
-            squares[path] += one.square()
         advance((document + 1) / len(examples))
-    for own in lam.values():
-        own.grad = None
     if bad:
         raise TrainingError(
             f"the gradients of these documents are not finite:\n{listing(bad)}", hint="--dtype float32, or worth plain"
         )
-    items = int(examples.supervised_counts().sum())
-    return {path: 0.5 * own.detach().cpu().double().square() * squares[path] / items for path, own in lam.items()}

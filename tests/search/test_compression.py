@@ -75,7 +75,7 @@ def test_the_first_half_chooses_and_the_second_tests_from_the_largest_down(adapt
     assert found.parts == sum(factors.rank for factors in adapter.sites.values())
 
 
-@pytest.mark.parametrize("worth", ["plain", "activations"])
+@pytest.mark.parametrize("worth", WORTHS)
 def test_parts_that_do_nothing_go_first_and_cost_nothing(adapter, worth):
     """The adapter of rank 6 padded with zeros to rank 12."""
 

@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from rankwise.adapters.adapter import Adapter
-from rankwise.adapters.parts import parts_of
+from rankwise.adapters.parts import core_of
 from rankwise.adapters.spec import LoraSpec
 from rankwise.engine.forward import Forward
 from rankwise.engine.tasks.choose import task_for
 from rankwise.errors import SpecError, TrainingError
-from rankwise.search.worth import fisher_worth, input_roots
+from rankwise.search.worth import fisher_roots, input_roots
 from rankwise.surgery.bank import Bank
 from tests.corpora import random_corpus, random_examples
 from tests.engine.test_gradient import mean_loss
@@ -24,9 +24,26 @@ def ignore(share):
     pass
 
 
+def cores_of(bank):
+    return {path: core_of(factors) for path, factors in bank.adapter("a").sites.items()}
+
+
 def roots(bank, examples, micro_tokens=30):
     with Forward(bank, task_for(examples)) as forward:
-        return input_roots(forward, "a", bank.adapter("a").sites, examples, micro_tokens, ignore)
+        return input_roots(forward, "a", cores_of(bank), examples, micro_tokens, ignore)
+
+
+def put_apart(bank):
+    """The adapter `a` with its cores' gradients to be had, as `b`; its cores."""
+    cores = cores_of(bank)
+    bank.put("b", Adapter(LoraSpec(), {path: core.trainable() for path, core in cores.items()}))
+    return cores
+
+
+def fisher(bank, examples):
+    cores = put_apart(bank)
+    with Forward(bank, task_for(examples)) as forward:
+        return cores, fisher_roots(forward, "b", cores, examples, ignore)
 
 
 LINEAR = {"llama": ("q_proj", "down_proj"), "gpt2": ("c_attn", "c_fc"), "mixtral": ("q_proj", "o_proj")}
@@ -49,8 +66,8 @@ def test_second_moments_are_those_of_every_token(name):
                 bank.model(input_ids=torch.tensor(CORPUS.document(i)[0].astype(np.int64))[None])
         for hook in hooks:
             hook.remove()
-        for path, factors in bank.adapter("a").sites.items():
-            shrunk = torch.cat(seen[path]).double() @ factors.A.detach().double().t()
+        for path, core in cores_of(bank).items():
+            shrunk = torch.cat(seen[path]).double() @ core.right
             want = shrunk.t() @ shrunk / len(CORPUS.tokens)
             torch.testing.assert_close(found[path] @ found[path].t(), want, rtol=1e-3, atol=1e-4 * float(want.max()))
 
@@ -71,46 +88,103 @@ def test_sites_without_rows_of_inputs_are_listed():
             roots(bank, CORPUS)
 
 
-def switched(bank):
-    """The adapter `a` taken apart into one that can be switched, as `b`."""
-    parts = {path: parts_of(factors) for path, factors in bank.adapter("a").sites.items()}
-    bank.put("b", Adapter(LoraSpec(form="adalora"), {path: own.switchable() for path, own in parts.items()}))
+def by_document(bank, cores, examples):
+    """Gradients of every core by single documents, from transformers' own pass over changed weights, float64."""
+    sites = bank.adapter("a").sites
+    found = []
+    for i in range(len(examples)):
+        one = examples.subset([i])
+        model = tiny("llama", torch.float64)
+        with torch.no_grad():
+            for path, factors in sites.items():
+                model.get_submodule(path).weight += factors.delta(torch.float64)
+        (mean_loss(model, one) * int(one.supervised.sum())).backward()
+        own = {path: model.get_submodule(path).weight.grad for path in sites}
+        found.append({path: core.left.t() @ own[path] @ core.right for path, core in cores.items()})
+    return found
 
 
-@pytest.mark.parametrize("micro", [CORPUS, random_corpus([7, 7, 7])], ids=["ragged", "even"])
-def test_fisher_is_the_second_order_term_of_the_loss_along_each_part(micro):
-    """Slopes by central differences in float64, document by document."""
+CORPORA = pytest.mark.parametrize("micro", [CORPUS, random_corpus([7, 7, 7])], ids=["ragged", "even"])
+
+
+@CORPORA
+@pytest.mark.parametrize("rank", [1, 3])
+def test_fisher_roots_are_of_the_gradients_of_single_documents(micro, rank):
     with Bank(tiny("llama", torch.float64)) as bank:
-        trained(bank, "a", spec(targets=("q_proj", "down_proj"), rank=2), size=0.1)
-        switched(bank)
-        with Forward(bank) as forward:
-            found = fisher_worth(forward, "b", micro, ignore)
-        items = int(micro.supervised.sum())
-        step = 1e-2
-        for path, factors in bank.adapter("b").sites.items():
-            for k in range(factors.rank):
-                slopes = []
-                with torch.no_grad(), bank.use("b"):
-                    value = float(factors.lam[k])
-                    for i in range(len(micro)):
-                        one = micro.subset([i])
-                        ends = []
-                        for sign in (1, -1):
-                            factors.lam[k] = value + sign * step
-                            ends.append(float(mean_loss(bank.model, one)) * int(one.supervised.sum()))
-                        slopes.append((ends[0] - ends[1]) / (2 * step))
-                    factors.lam[k] = value
-                slopes = np.array(slopes)
-                want = 0.5 * value**2 * (slopes**2).sum() / items  # whatever its slopes add up to
-                assert float(found[path][k]) == pytest.approx(want, rel=1e-3)
+        trained(bank, "a", spec(targets=("q_proj", "down_proj"), rank=rank), size=0.1)
+        cores, found = fisher(bank, micro)
+        gradients = by_document(bank, cores, micro)
+    items = int(micro.supervised.sum())
+    for path, (outputs, inputs) in found.items():
+        every = torch.stack([one[path] for one in gradients])
+        outgoing, incoming = (every @ every.mT).sum(0), (every.mT @ every).sum(0)
+        for got, want in (
+            (outputs @ outputs.t(), outgoing / outgoing.trace()),
+            (inputs @ inputs.t(), incoming / (2 * items)),
+        ):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * float(want.max()))
+
+
+@CORPORA
+def test_of_rank_one_the_worth_is_the_second_order_term_of_the_loss(micro):
+    """There both factors are one number, and their product is exact, whatever the gradients add up to."""
+    with Bank(tiny("llama", torch.float64)) as bank:
+        trained(bank, "a", spec(targets=("q_proj", "down_proj"), rank=1), size=0.1)
+        cores, found = fisher(bank, micro)
+        gradients = by_document(bank, cores, micro)
+    items = int(micro.supervised.sum())
+    for path, core in cores.items():
+        squares = sum(float(one[path]) ** 2 for one in gradients)
+        want = 0.5 * float(core.core) ** 2 * squares / items
+        assert float(core.parts(*found[path]).weights) == pytest.approx(want, rel=1e-4)
+
+
+def test_all_parts_together_are_worth_what_the_core_is_between_its_factors():
+    """Σ weights = ½·tr(Cᵀ·L·C·M), the second order of leaving out the whole site; of one document it is that of F."""
+    alone = CORPUS.subset([2])
+    with Bank(tiny("llama", torch.float64)) as bank:
+        trained(bank, "a", spec(targets=("q_proj",), rank=3), size=0.1)
+        cores, found = fisher(bank, alone)
+        (gradients,) = by_document(bank, cores, alone)
+    for path, core in cores.items():
+        g = gradients[path]
+        want = 0.5 * (core.core.t() @ g @ g.t() @ core.core @ g.t() @ g).trace() / g.square().sum()
+        got = core.parts(*found[path]).weights.double().sum() * int(alone.supervised.sum())
+        assert float(got) == pytest.approx(float(want), rel=1e-3)
+
+
+def test_dropout_that_the_adapter_was_trained_with_plays_no_part():
+    found = []
+    for dropout in (0.0, 0.5):
+        with Bank(tiny("llama")) as bank:
+            trained(bank, "a", spec(targets=("q_proj",), dropout=dropout), size=0.05)
+            found.append(fisher(bank, CORPUS)[1])
+    without, with_dropout = found
+    for path, (outputs, inputs) in without.items():
+        torch.testing.assert_close((outputs, inputs), with_dropout[path])
+
+
+def test_what_the_loss_does_not_depend_on_is_worth_nothing_and_is_taken_apart_all_the_same():
+    with Bank(tiny("llama")) as bank:
+        trained(bank, "a", spec(targets=("q_proj",)), size=0.05)
+        first, *others = bank.adapter("a").sites
+        with torch.no_grad():
+            bank.model.get_submodule(first.replace("q_proj", "o_proj")).weight.zero_()
+        cores, found = fisher(bank, CORPUS)
+        parts = {path: core.parts(*found[path]) for path, core in cores.items()}
+    assert not parts[first].weights.any()
+    assert all((parts[path].weights > 0).all() for path in others)
+    for path, own in parts.items():
+        delta = cores[path].left @ cores[path].core @ cores[path].right.t()
+        torch.testing.assert_close(own.left * own.values @ own.right, delta.float(), rtol=1e-4, atol=1e-6)
 
 
 def test_gradients_that_are_not_finite_are_told_by_document():
     with Bank(tiny("llama")) as bank:
         trained(bank, "a", spec(targets=("q_proj",)))
-        switched(bank)
+        cores = put_apart(bank)
         with Forward(bank) as forward:
             with torch.no_grad():
                 bank.model.get_input_embeddings().weight[int(CORPUS.tokens[CORPUS.bounds[2]])] = torch.inf
             with pytest.raises(TrainingError, match=r"random\.jsonl:3"):
-                fisher_worth(forward, "b", CORPUS, ignore)
+                fisher_roots(forward, "b", cores, CORPUS, ignore)
