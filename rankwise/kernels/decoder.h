@@ -71,16 +71,18 @@ static void NAME(layer)(const Decoder *d, const Layer *layer, const Layer *follo
     }
     await(phases++, rows);
 
-    i64 parts[4] = {0}, before[4] = {0};
+    i64 parts[4] = {0}, before[4] = {0}, chunks[3];
     for (int i = 0; i < 3; i++) {
-        before[i + 1] = before[i] + tiles_of(three[i]);
-        parts[i + 1] = parts[i] + (tiles_of(three[i]) + SOME - 1) / SOME;
+        i64 tiles = tiles_of(three[i]);
+        chunks[i] = share(tiles, SOME);
+        before[i + 1] = before[i] + tiles;
+        parts[i + 1] = parts[i] + (tiles + chunks[i] - 1) / chunks[i];
     }
     EACH(phases, parts[3]) {
         int i = task >= parts[2] ? 2 : task >= parts[1];
-        i64 from = (task - parts[i]) * SOME;
+        i64 from = (task - parts[i]) * chunks[i];
         Coming coming = {{&layer->o}, 1, before[i], before[3]};
-        NAME(outputs)(three[i], adapters, x, rows, shrinks[i], step, to[i], 0, from, least(tiles_of(three[i]), from + SOME),
+        NAME(outputs)(three[i], adapters, x, rows, shrinks[i], step, to[i], 0, from, least(tiles_of(three[i]), from + chunks[i]),
                       &coming);
     }
     await(phases++, parts[3]);
@@ -105,10 +107,10 @@ static void NAME(layer)(const Decoder *d, const Layer *layer, const Layer *follo
         EACH(phases, rows) NAME(shrink)(&layer->o, adapters[task], out + task * heads * width, shrinks[0] + task * step);
         await(phases++, rows);
     }
-    i64 tiles = tiles_of(&layer->o), tasks = (tiles + SOME - 1) / SOME;
+    i64 tiles = tiles_of(&layer->o), each = share(tiles, SOME), tasks = (tiles + each - 1) / each;
     Coming two = {{&layer->gate, &layer->up}, 2, 0, tiles};
     EACH(phases, tasks)
-        NAME(outputs)(&layer->o, adapters, out, rows, shrinks[0], step, h, 1, task * SOME, least(tiles, (task + 1) * SOME),
+        NAME(outputs)(&layer->o, adapters, out, rows, shrinks[0], step, h, 1, task * each, least(tiles, (task + 1) * each),
                       &two);
     await(phases++, tasks);
 
@@ -120,10 +122,10 @@ static void NAME(layer)(const Decoder *d, const Layer *layer, const Layer *follo
     }
     await(phases++, rows);
 
-    tiles = tiles_of(&layer->gate), tasks = (tiles + SOME - 1) / SOME;
+    tiles = tiles_of(&layer->gate), each = share(tiles, SOME), tasks = (tiles + each - 1) / each;
     EACH(phases, tasks)
-        NAME(gated)(layer, adapters, x, rows, shrinks[0], shrinks[1], step, d->activation, wide, task * SOME,
-                    least(tiles, (task + 1) * SOME));
+        NAME(gated)(layer, adapters, x, rows, shrinks[0], shrinks[1], step, d->activation, wide, task * each,
+                    least(tiles, (task + 1) * each));
     await(phases++, tasks);
 
     if (step) {
@@ -131,10 +133,10 @@ static void NAME(layer)(const Decoder *d, const Layer *layer, const Layer *follo
         EACH(phases, rows) NAME(shrink)(&layer->down, adapters[task], wide + task * inputs, shrinks[0] + task * step);
         await(phases++, rows);
     }
-    tiles = tiles_of(&layer->down), tasks = (tiles + SOME - 1) / SOME;
+    tiles = tiles_of(&layer->down), each = share(tiles, SOME), tasks = (tiles + each - 1) / each;
     Coming next = {{&following->q, &following->k, &following->v}, 3, 0, tiles};
     EACH(phases, tasks)
-        NAME(outputs)(&layer->down, adapters, wide, rows, shrinks[0], step, h, 1, task * SOME,
-                      least(tiles, (task + 1) * SOME), &next);
+        NAME(outputs)(&layer->down, adapters, wide, rows, shrinks[0], step, h, 1, task * each,
+                      least(tiles, (task + 1) * each), &next);
     await(phases, tasks);
 }

@@ -15,10 +15,10 @@
 #include "vector.h"
 
 enum {
-    ROWS = 64,    /* rows through a tile of W at a time */
-    SOME = 3,     /* tiles of a task */
-    TOGETHER = 8, /* rows of a task that adds to a product, where there are many */
-    PHASES = 10   /* of a layer */
+    ROWS = 64,     /* rows through a tile of W at a time */
+    SOME = 6,      /* tiles of a task at most: what is sent for ahead is this thread's own but at the end */
+    TOGETHER = 32, /* rows of a task that adds to a product at most */
+    PHASES = 10    /* of a layer */
 };
 
 /* What threads do between two waits, in tasks: each thread takes the next one that nobody has taken.  A thread that does
@@ -40,6 +40,12 @@ static void await(Phase *phase, i64 tasks) {
 }
 
 static i64 least(i64 a, i64 b) { return a < b ? a : b; }
+
+/* How much of `all` a task takes: not so much that a thread has fewer than two tasks. */
+static i64 share(i64 all, i64 most) {
+    i64 half = all / (2 * omp_get_num_threads());
+    return half < 1 ? 1 : least(half, most);
+}
 
 /* One adapter's at one layer, each in the order in which it is read: A by sixteen of its rows and at the end by eight,
  * [inputs / WIDE][16 or 8][WIDE] with zeros behind; s·B by sixteen outputs, words [rank / PAIR][16].  The rank is a

@@ -154,19 +154,25 @@ static void NAME(shrink)(const Site *site, i64 adapter, const NUM *x, NUM *shrin
     if (r < rank) NAME(shrink_8)((const NUM *)own->A + r * row, x, site->inputs, shrink + r);
 }
 
-/* gain ∘ (sum + s·B·shrink) + bias for sixteen columns from `first` on. */
-INLINE __m512 NAME(finished)(const Site *site, const Factors *own, __m512 sum, const NUM *shrink, i64 first,
-                             __mmask16 some) {
+/* gain ∘ (sum + s·B·shrink) + bias for sixteen columns from `first` on, of `count` rows through one adapter or none, a
+ * number that the compiler knows. */
+INLINE void NAME(finish)(const Site *site, const Factors *own, __m512 *sum, int count, const NUM *shrinks, i64 step,
+                         i64 first, __mmask16 some) {
     if (own) {
         const uint32_t *B = NAME(tile_of_B)(own, first);
-        for (i64 k = 0; k < own->rank / PAIR; k++) {
-            int word;
-            memcpy(&word, shrink + k * PAIR, 4);
-            sum = EXPAND(sum, _mm512_loadu_si512(B + k * LANES), _mm512_set1_epi32(word));
+        for (i64 k = 0; k < own->rank; k += PAIR, B += LANES) {
+            __m512i words = _mm512_loadu_si512(B);
+            UNROLL for (int j = 0; j < count; j++) {
+                int word;
+                memcpy(&word, shrinks + j * step + k, 4);
+                sum[j] = EXPAND(sum[j], words, _mm512_set1_epi32(word));
+            }
         }
-        if (own->gain) sum = _mm512_mul_ps(sum, _mm512_maskz_loadu_ps(some, own->gain + first));
+        if (own->gain) UNROLL for (int j = 0; j < count; j++)
+            sum[j] = _mm512_mul_ps(sum[j], _mm512_maskz_loadu_ps(some, own->gain + first));
     }
-    return site->bias ? _mm512_add_ps(sum, _mm512_maskz_loadu_ps(some, site->bias + first)) : sum;
+    if (site->bias) UNROLL for (int j = 0; j < count; j++)
+        sum[j] = _mm512_add_ps(sum[j], _mm512_maskz_loadu_ps(some, site->bias + first));
 }
 
 /* Tile `tile` of y, sixteen columns, of `rows` ≤ ROWS rows, as float32 [rows, 16]. */
@@ -178,7 +184,8 @@ static void NAME(tile)(const Site *site, const i64 *adapters, const NUM *x, i64 
         const Factors *own = NAME(factors)(site, adapters[n]);
         if (!own && !site->bias) continue;
         __m512 sum = _mm512_loadu_ps(sums + n * LANES);
-        _mm512_storeu_ps(sums + n * LANES, NAME(finished)(site, own, sum, shrinks + n * step, first, some));
+        NAME(finish)(site, own, &sum, 1, shrinks + n * step, step, first, some);
+        _mm512_storeu_ps(sums + n * LANES, sum);
     }
 }
 
@@ -202,6 +209,19 @@ static void NAME(outputs)(const Site *site, const i64 *adapters, const NUM *x, i
     }
 }
 
+/* Sixteen columns of y = gain ∘ (y - bias + s·B·shrink) + bias of `count` ≤ 4 rows, a number that the compiler
+ * knows. */
+INLINE void NAME(add)(const Site *site, const Factors *own, NUM *y, int count, const NUM *shrinks, i64 step, i64 first) {
+    __mmask16 some = lanes_left(first, site->outputs);
+    __m512 sum[4];
+    UNROLL for (int j = 0; j < count; j++) {
+        sum[j] = READ(y + j * site->outputs, some);
+        if (site->bias) sum[j] = _mm512_sub_ps(sum[j], _mm512_maskz_loadu_ps(some, site->bias + first));
+    }
+    NAME(finish)(site, own, sum, count, shrinks, step, first, some);
+    UNROLL for (int j = 0; j < count; j++) STORE(y + j * site->outputs, sum[j], some);
+}
+
 /* Adds what adapters add to some rows of y = x·Wᵀ + bias; neighbours through one adapter share what is read of it. */
 static void NAME(additions)(const Site *site, const i64 *adapters, const NUM *x, NUM *y, i64 rows, NUM *shrinks, i64 step) {
     Site bare = *site;
@@ -212,13 +232,9 @@ static void NAME(additions)(const Site *site, const i64 *adapters, const NUM *x,
         for (i64 n = begin; n < end; n++) NAME(shrink)(site, adapters[n], x + n * site->inputs, shrinks + n * step);
         bare.bias = own->gain ? site->bias : 0; /* under a gain it is taken off first and put back */
         for (i64 c = 0; c < site->outputs; c += LANES) {
-            __mmask16 some = lanes_left(c, site->outputs);
-            for (i64 n = begin; n < end; n++) {
-                NUM *at_ = y + n * site->outputs + c;
-                __m512 v = READ(at_, some);
-                if (bare.bias) v = _mm512_sub_ps(v, _mm512_maskz_loadu_ps(some, bare.bias + c));
-                STORE(at_, NAME(finished)(&bare, own, v, shrinks + n * step, c, some), some);
-            }
+            i64 n = begin;
+            for (; n + 4 <= end; n += 4) NAME(add)(&bare, own, y + n * site->outputs + c, 4, shrinks + n * step, step, c);
+            for (; n < end; n++) NAME(add)(&bare, own, y + n * site->outputs + c, 1, shrinks + n * step, step, c);
         }
     }
 }
@@ -226,7 +242,7 @@ static void NAME(additions)(const Site *site, const i64 *adapters, const NUM *x,
 static void NAME(product)(const Site *site, const i64 *adapters, const NUM *x, NUM *y, i64 rows, NUM *shrinks, i64 step,
                           Phase *phases) {
     if (!site->weight) {
-        i64 many = rows > ROWS ? TOGETHER : 1;
+        i64 many = share(rows, TOGETHER);
         EACH(phases, (rows + many - 1) / many) {
             i64 n = task * many;
             NAME(additions)(site, adapters + n, x + n * site->inputs, y + n * site->outputs, least(many, rows - n),
@@ -238,9 +254,9 @@ static void NAME(product)(const Site *site, const i64 *adapters, const NUM *x, N
         EACH(phases, rows) NAME(shrink)(site, adapters[task], x + task * site->inputs, shrinks + task * step);
         await(phases, rows);
     }
-    i64 tiles = tiles_of(site), tasks = (tiles + SOME - 1) / SOME;
+    i64 tiles = tiles_of(site), each = share(tiles, SOME), tasks = (tiles + each - 1) / each;
     EACH(phases + 1, tasks)
-        NAME(outputs)(site, adapters, x, rows, shrinks, step, y, 0, task * SOME, least(tiles, (task + 1) * SOME), 0);
+        NAME(outputs)(site, adapters, x, rows, shrinks, step, y, 0, task * each, least(tiles, (task + 1) * each), 0);
 }
 
 typedef struct {
