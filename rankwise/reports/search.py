@@ -112,7 +112,9 @@ class Rung:
 
 @dataclass(frozen=True)
 class Rates:
-    """`interior`: the best has a worse neighbour on either side; `alike`: not measurably worse than the best."""
+    """`interior`: the best has a worse neighbour on either side, the higher one perhaps in a shorter run; `alike`: not
+    measurably worse than the best.
+    """
 
     rank: PositiveInt
     best: Rate

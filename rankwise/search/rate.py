@@ -1,9 +1,14 @@
-"""Which learning rate: successive halving, each rung a run of its own length (Jamieson and Talwalkar 2016)."""
+"""Which learning rate: successive halving, each rung a run of its own length (Jamieson and Talwalkar 2016).
+
+The longer a run, the lower its best rate (Bjorck et al. 2024, arXiv:2409.19913).  A rate that was too high for a short
+run is not tried in a longer one; one that was too low for it may be.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -27,16 +32,28 @@ class _Rung:
     learns: bool
 
     @property
-    def at_edge(self) -> bool:
-        return self.best in (0, len(self.rates) - 1)
+    def too_high(self) -> set[float]:
+        """Rates above the best one that are measurably worse, or failed."""
+        above = list(zip(self.rates, self.standing, strict=True))[self.best + 1 :]
+        return {lr for lr, own in above if self.learns and own.verdict in ("worse", "failed")}
+
+    def beyond(self, too_high: set[float]) -> float | None:
+        """The rate to try next, beside a best one at an end; `too_high` are known of shorter runs."""
+        if self.best == 0:
+            return self.rates[0] * 0.5
+        higher = self.rates[-1] * 2.0
+        return higher if self.best == len(self.rates) - 1 and higher not in too_high else None
 
 
 def find_rate(case: Case) -> None:
     """Half of the rates stay; a best one at an end of what was tried is a reason to try further."""
     alive = [case.run.lr * 2.0**power for power in case.budget.powers]
-    rungs = []
+    rungs: list[dict[str, Any]] = []
+    too_high: set[float] = set()
     for share in case.budget.rungs:
-        rung = _rung(case, sorted(alive), share)
+        rung = _rung(case, sorted(alive), share, too_high)
+        interior = rung.learns and rung.beyond(too_high) is None
+        too_high = too_high | rung.too_high
         learnt = [(one.loss, lr) for one, lr in zip(rung.standing, rung.rates, strict=True) if one.loss is not None]
         stay = max(2, len(rung.rates) // 2) if rung.learns else len(rung.rates)
         alive = [lr for _, lr in sorted(learnt)[:stay]]
@@ -51,14 +68,14 @@ def find_rate(case: Case) -> None:
     case.record["rate"] = {
         "rank": case.spec.rank,
         "best": rung.rates[rung.best],
-        "interior": rung.learns and not rung.at_edge,
+        "interior": interior,
         "alike": alike,
         "rungs": rungs,
     }
 
 
-def _rung(case: Case, rates: list[float], share: float) -> _Rung:
-    """Rates of one length, with neighbours of the best until it has one on either side.
+def _rung(case: Case, rates: list[float], share: float, too_high: set[float]) -> _Rung:
+    """Rates of one length, with neighbours of the best until it has one on either side, or the higher is `too_high`.
 
     Where even the best has learnt nothing, the length says nothing about rates (the lower one is, the nearer it stays
     to the base), and none is tried beyond.  One that is no better than the base although its training losses fell has
@@ -72,9 +89,10 @@ def _rung(case: Case, rates: list[float], share: float) -> _Rung:
         standing = standings(losses, case.trials.items("choose"), gain["mean"], case.noise)
         learns = gain["low"] > 0 or _fell([loss for _, loss in found[best][0].curve])
         rung = _Rung(rates, standing, [row[0].status for row in found], best, learns)
-        if not rung.at_edge or not rung.learns or extended == _EXTENDED:
+        beyond = rung.beyond(too_high)
+        if beyond is None or not rung.learns or extended == _EXTENDED:
             break
-        rates = sorted([*rates, rates[best] * (0.5 if best == 0 else 2.0)])
+        rates = sorted([*rates, beyond])
     return rung
 
 
