@@ -124,19 +124,23 @@ def _tiles(search: Search, words: Words) -> list[Tile]:
 
 
 def _judged(search: Search) -> Confirmed | None:
-    """The rank whose confirmation the sentence tells: the one that was chosen, also where it did not hold."""
+    """The rank that was chosen, also where it did not hold."""
     points = search.confirm.points if search.confirm else ()
     return next((point for point in points if search.confirm and point.rank == search.confirm.chosen), None)
 
 
 def _confirmed_tiles(search: Search, judged: Confirmed, words: Words) -> list[Tile]:
+    """What the recommended rank gains, and what the chosen one loses against the best."""
     assert search.confirm is not None
-    gain, delta = judged.gain, judged.delta
-    label = f"{words.nats} gained over the base by rank {judged.rank}, {span(gain)}"
+    kept = search.recommendation.rank if search.recommendation else judged.rank
+    gain = next((point.gain for point in search.confirm.points if point.rank == kept), judged.gain)
+    label, delta = f"{words.nats} gained over the base by rank {kept}, {span(gain)}", judged.delta
     tiles = [Tile(numbers.signed(gain.mean, places(gain)), label)]
     reference = next((point.rank for point in search.confirm.points if point.delta is None), None)
     if delta is not None and reference is not None:
         allowed = numbers.decimal(search.confirm.tolerance, places(delta))
-        label = f"{words.nats} lost against rank {reference}, {span(delta)}; {allowed} are allowed"
+        label = (
+            f"{words.nats} lost by rank {judged.rank} against rank {reference}, {span(delta)}; {allowed} are allowed"
+        )
         tiles.append(Tile(numbers.signed(delta.mean, places(delta)), label))
     return tiles

@@ -182,6 +182,7 @@ def test_what_cannot_be_told_is_not_called_enough(pages):
     assert "8 2,442,240 2.0315 +0.002 −0.018 … +0.022 +0.019 cannot tell" in said
     assert 'id="confirmed-wide-title"' not in pages["undecided"]  # the best was chosen: nothing stands beside it
     assert "rank 8: +0.002, cannot tell" in words(pages["doubted"])
+    assert re.search(r"gained over the base by rank 32, .* lost by rank 8 against rank 32", words(pages["doubted"]))
 
 
 def test_neighbours_that_were_confirmed_stand_beside_the_chosen_rank(tmp_path):
@@ -288,6 +289,7 @@ def test_one_rank_one_rate_and_no_difference_make_a_page(tmp_path):
     text = report(tmp_path, found)
     assert 'id="rank-wide-title"' in text
     assert 'id="confirmed-wide-title"' not in text
+    assert "went on to the next" not in text
     assert not re.search(r"\b(nan|inf)\b", Page(text).text)
 
 
