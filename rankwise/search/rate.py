@@ -34,8 +34,10 @@ class _Rung:
     @property
     def too_high(self) -> set[float]:
         """Rates above the best one that are measurably worse, or failed."""
-        above = list(zip(self.rates, self.standing, strict=True))[self.best + 1 :]
-        return {lr for lr, own in above if self.learns and own.verdict in ("worse", "failed")}
+        if not self.learns:
+            return set()
+        above = zip(self.rates[self.best + 1 :], self.standing[self.best + 1 :], strict=True)
+        return {lr for lr, own in above if own.verdict in ("worse", "failed")}
 
     def beyond(self, too_high: set[float]) -> float | None:
         """The rate to try next, beside a best one at an end; `too_high` are known of shorter runs."""
@@ -46,17 +48,17 @@ class _Rung:
 
 
 def find_rate(case: Case) -> None:
-    """Half of the rates stay; a best one at an end of what was tried is a reason to try further."""
+    """Half of the rates stay, and none that is too high; a best one at an end of the others is a reason to go further."""
     alive = [case.run.lr * 2.0**power for power in case.budget.powers]
     rungs: list[dict[str, Any]] = []
     too_high: set[float] = set()
     for share in case.budget.rungs:
         rung = _rung(case, sorted(alive), share, too_high)
         interior = rung.learns and rung.beyond(too_high) is None
-        too_high = too_high | rung.too_high
+        too_high |= rung.too_high
         learnt = [(one.loss, lr) for one, lr in zip(rung.standing, rung.rates, strict=True) if one.loss is not None]
         stay = max(2, len(rung.rates) // 2) if rung.learns else len(rung.rates)
-        alive = [lr for _, lr in sorted(learnt)[:stay]]
+        alive = [lr for _, lr in sorted(learnt) if lr not in too_high][:stay]
         points = [
             {"lr": lr, "status": status, **own.told(), "kept": lr in alive}
             for lr, own, status in zip(rung.rates, rung.standing, rung.statuses, strict=True)
