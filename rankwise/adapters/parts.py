@@ -5,10 +5,9 @@
 Taken apart through its core C, of the adapter's own size, R × R; nothing of the size of W is made.  The parts are the
 singular triplets of C where all that comes in and goes out counts alike.  What counts can be told by two roots: with G
 of L = G·Gᵀ for what goes out and N of M = N·Nᵀ for what comes in, parts are taken from the singular triplets of
-Gᵀ·C·N.  With M = E[(Vᵀ·x)(Vᵀ·x)ᵀ] alone these are the parts of the layer's outputs: of all sums of K parts, the first K
-come nearest to s·B·A·x over the inputs x that M was measured on (the weighted low-rank approximation of Eckart and
-Young).  With the two factors of a Kronecker product near the Fisher information of C (Martens and Grosse 2015, K-FAC),
-the first K come nearest in what they do to the loss.
+Gᵀ·C·N, and of all sums of K parts the first K come nearest to C between these roots (the weighted low-rank
+approximation of Eckart and Young).  With M = E[(Vᵀ·x)(Vᵀ·x)ᵀ] alone that is nearest to s·B·A·x over the inputs x that
+M was measured on.
 
 Shape letters: O outputs, I inputs, R rank, K the kernel of a convolution.
 """
@@ -30,9 +29,9 @@ class Core:
 
     Attributes:
         shape: of the site.
-        left: Q, `[O, R]`; no more columns than the site has outputs.
-        core: C, `[R, R]`.
-        right: V, `[I·K, R]`; no more columns than the site has inputs.
+        left: Q, `[O, P]`, P ≤ R: no more columns than the site has outputs, nor than it has inputs.
+        core: C, `[P, S]`, S ≤ R and no more than there are inputs.
+        right: V, `[I·K, S]`.
         dropout: of the branch.
     """
 
@@ -50,11 +49,14 @@ class Core:
 
     @torch.no_grad()
     def parts(self, outputs: Tensor | None = None, inputs: Tensor | None = None) -> Parts:
-        """The parts.
+        """The P parts.
 
         Args:
-            outputs: G `[R, R]`, see above; with an inverse.
-            inputs: N `[R, R]`.
+            outputs: G `[P, P]`, see above; with an inverse.
+            inputs: N `[S, S]`; where it has none, parts are as many all the same, and what N does not see is in them.
+
+        Raises:
+            torch.linalg.LinAlgError: G has no inverse.
         """
         seen = self.core if outputs is None else outputs.t() @ self.core
         turn, does, _ = torch.linalg.svd(seen if inputs is None else seen @ inputs, full_matrices=False)
@@ -69,7 +71,7 @@ class Core:
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of one site, the one that does most first; float32.
+    """The parts of one site, the one that does most first; R of them, fewer than the rank where it is narrow; float32.
 
     Attributes:
         shape: of the site.
@@ -121,7 +123,11 @@ def core_of(factors: LowRank) -> Core:
     A, B = (factor.detach().cpu().double().flatten(1) for factor in factors.factors())
     left, own = torch.linalg.qr(factors.scale * B)
     right, other = torch.linalg.qr(A.t())
-    return Core(factors.shape, left, own @ other.t(), right, factors.dropout)
+    core = own @ other.t()
+    if core.shape[0] > core.shape[1]:  # some of what B could say is never said
+        turn, core = torch.linalg.qr(core)
+        left = left @ turn
+    return Core(factors.shape, left, core, right, factors.dropout)
 
 
 def parts_of(factors: LowRank) -> Parts:

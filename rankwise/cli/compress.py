@@ -19,7 +19,7 @@ def compress(
     tolerance: Annotated[
         str, typer.Option(help="How much worse it may be: a share of its gain (2%) or nats per token (0.003).")
     ] = "2%",
-    worth: Annotated[str, typer.Option(help="What goes first: by fisher, activations or plain.")] = "fisher",
+    worth: Annotated[str, typer.Option(help="What counts for a part: fisher, activations or plain.")] = "fisher",
     max_length: MaxLength = None,
     seed: Annotated[
         int | None, typer.Option(help="Of the split in halves [as in training, else 0].", show_default=False)

@@ -51,7 +51,7 @@ def run_compression(
 
     Args:
         data: documents that the adapter was not trained on.
-        worth: how parts are put in order: `fisher`, `activations` or `plain`.
+        worth: by what it is taken apart and the parts are put in order: `fisher`, `activations` or `plain`.
         tolerance: a share of what the adapter gains over its base (`2%`), or nats per judged item (`0.003`).
         how: the base is loaded and documents are read, as of `run_evaluation`.
 

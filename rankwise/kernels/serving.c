@@ -16,7 +16,7 @@
 
 enum {
     ROWS = 64,     /* rows through a tile of W at a time */
-    SOME = 6,      /* tiles of a task at most: what is sent for ahead is this thread's own but at the end */
+    SOME = 6,      /* tiles of a task at most: the tile that is sent for ahead is its next one, but behind its last */
     TOGETHER = 32, /* rows of a task that adds to a product at most */
     PHASES = 10    /* of a layer */
 };
@@ -41,7 +41,7 @@ static void await(Phase *phase, i64 tasks) {
 
 static i64 least(i64 a, i64 b) { return a < b ? a : b; }
 
-/* How much of `all` a task takes: not so much that a thread has fewer than two tasks. */
+/* How much of `all` a task takes, `most` at most: there are two tasks for each thread at least, where it can be. */
 static i64 share(i64 all, i64 most) {
     i64 half = all / (2 * omp_get_num_threads());
     return half < 1 ? 1 : least(half, most);

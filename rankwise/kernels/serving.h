@@ -175,7 +175,7 @@ INLINE void NAME(finish)(const Site *site, const Factors *own, __m512 *sum, int 
         sum[j] = _mm512_add_ps(sum[j], _mm512_maskz_loadu_ps(some, site->bias + first));
 }
 
-/* Tile `tile` of y, sixteen columns, of `rows` ≤ ROWS rows, as float32 [rows, 16]. */
+/* Sixteen columns of y from `first` on, of `rows` ≤ ROWS rows, as float32 [rows, 16]. */
 static void NAME(tile)(const Site *site, const i64 *adapters, const NUM *x, i64 rows, const NUM *shrinks, i64 step,
                        i64 first, const Coming *coming, float *sums) {
     __mmask16 some = lanes_left(first, site->outputs);

@@ -1,7 +1,7 @@
 """The smallest part of an adapter that is not measurably worse than the whole.
 
-    the adapter ──▶ parts of rank one at every site (`adapters/parts.py`)
-                ──▶ in order of what each is worth for each of its parameters (`search/worth.py`)
+    the adapter ──▶ parts of rank one at every site (`adapters/parts.py`), by what counts (`search/worth.py`)
+                ──▶ in order of what each is worth for each of its parameters
     first half of the documents ──▶ how few of them stay within the tolerance: halving the interval
     second half                 ──▶ sizes from the largest down to that one, each tested once, until one fails
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ import torch
 
 from rankwise.adapters.adapter import Adapter
 from rankwise.adapters.lowrank import LowRank
-from rankwise.adapters.parts import Parts, core_of
+from rankwise.adapters.parts import Core, Parts, core_of
 from rankwise.adapters.spec import Form, LoraSpec, exactly
 from rankwise.data.examples import Examples
 from rankwise.data.split import split
@@ -76,10 +76,10 @@ class Compression:
 
     Attributes:
         adapter: the smaller one, in plain A and B.
-        worth: how the parts were put in order.
+        worth: by what the adapter was taken apart and the parts put in order.
         tolerance: nats per judged item.
         gain: of the base over the whole adapter on the first half; positive where the adapter is better.
-        parts, parameters: of the whole adapter.
+        parts, parameters: of the whole adapter, without what a site narrower than the rank holds twice.
         first: sizes measured on the first half, the largest first.
         second: sizes tested on the second half, in the order of the tests; the last that is `within` is the adapter.
         evaluation: the base, `compressed` and `whole` on the second half.
@@ -148,7 +148,7 @@ def compress(
         bank: holds the adapter.
         name: of it; whatever its form but `dora`.
         examples: documents that it was not trained on; half of them choose, half of them decide.
-        worth: how parts are put in order.
+        worth: by what the adapter is taken apart and the parts are put in order.
         tolerance: how much worse it may be; 2 % of what the adapter gains by itself.
         seed: of the split.
         frequencies: what stands in the place of a base whose head is fresh, as for `evaluate`.
@@ -193,8 +193,14 @@ def _taken_apart(
         trainable = {path: core.trainable() for path, core in cores.items()}
         with _probe(bank, "lora", trainable, whole) as probe, Forward(bank, task) as forward:
             both = fisher_roots(forward, probe, cores, examples, partial(tell, "looking at gradients"))
-            return {path: core.parts(*both[path]) for path, core in cores.items()}
+            return {path: core.parts(*both[path]) if path in both else _idle(core) for path, core in cores.items()}
     return {path: core.parts() for path, core in cores.items()}
+
+
+def _idle(core: Core) -> Parts:
+    """Parts of a site that no loss depends on: they go first of all."""
+    found = core.parts()
+    return replace(found, weights=torch.zeros_like(found.weights))
 
 
 @contextmanager

@@ -48,7 +48,7 @@ class _Rung:
 
 
 def find_rate(case: Case) -> None:
-    """Half of the rates stay, and none that is too high; a best one at an end of the others is a reason to go further."""
+    """Half of the rates stay, and none that is too high; a best one at an end is a reason to go further."""
     alive = [case.run.lr * 2.0**power for power in case.budget.powers]
     rungs: list[dict[str, Any]] = []
     too_high: set[float] = set()

@@ -2,13 +2,14 @@
 
     plain        the square of a part's norm: inputs and outputs all count alike
     activations  the square of what it adds to its layer's output, in the mean over tokens
-    fisher       ½·cᵀ·F·c for the part as a change c of its site's core: the loss in second order, with the empirical
-                 Fisher information for its curvature (as in optimal brain damage, LeCun et al. 1990)
+    fisher       near ½·cᵀ·F·c for the part as a change c of its site's core: the loss in second order, with the
+                 empirical Fisher information for its curvature (as in optimal brain damage, LeCun et al. 1990)
 
 Each is the square of a singular value of the core between two roots, made here, and the parts are those of that very
 product (`adapters/parts.py`): what is taken apart by one measure is put in order by the same.  F has R² × R² numbers a
-site; in its place stands the Kronecker product of its two factors E[g·gᵀ] and E[gᵀ·g], of the same trace (K-FAC,
-Martens and Grosse 2015).  A second pass that counts λ²·F of every part put no better order (docs/log.md, 2026-11-27).
+site.  In its place stands E[g·gᵀ] ⊗ E[gᵀ·g] of the same trace, g the gradient of the core by one document, as in
+Shampoo (Gupta, Koren and Singer 2018, arXiv:1802.09568; Morwani et al. 2024, arXiv:2406.17748).  A second pass that
+counts λ²·F of every part put no order that could be told from this one (docs/log.md, 2026-11-27).
 
 The first order of the loss is left out.  An adapter that has learnt its documents by heart has parts without which
 other documents would be better off; put last for that, those that move the loss most would be the first to go, and what
@@ -107,10 +108,11 @@ def _root(moment: Tensor, floor: float = 0.0) -> Tensor:
 def fisher_roots(
     forward: Forward, name: str, cores: Mapping[str, Core], examples: Examples, advance: Advance
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """G and N of the Fisher information of every core, near G·Gᵀ ⊗ N·Nᵀ; float64.
+    """G and N of every core whose loss depends on it; G·Gᵀ ⊗ N·Nᵀ is near half its Fisher information; float64.
 
-    With g the gradient of C by one document, G·Gᵀ is E[g·gᵀ] and N·Nᵀ is E[gᵀ·g] but for a factor, with which the
-    squares of the singular values of Gᵀ·C·N are ½·cᵀ·F·c of the parts, in nats per judged item.
+    With g the gradient of C by one document, G·Gᵀ is Σ g·gᵀ over its trace, and N·Nᵀ is half of Σ gᵀ·g for each judged
+    item: the squares of the singular values of Gᵀ·C·N are in nats per judged item.  Nothing that goes out counts for
+    less than a millionth of what counts most there.
 
     Args:
         forward: holds the bank of the adapter.
@@ -124,22 +126,19 @@ def fisher_roots(
     """
     sites = forward.bank.adapter(name).sites
     right = {path: core.right.to(sites[path].A) for path, core in cores.items()}
-    sides = {path: core.core.shape for path, core in cores.items()}
-    outgoing, incoming = ({path: torch.zeros(2 * [of[side]]).double() for path, of in sides.items()} for side in (0, 1))
+    outgoing: dict[str, Tensor] = {}
+    incoming: dict[str, Tensor] = {}
     for gradients in _gradients(forward, name, examples, advance):
         for path, gradient in gradients.items():
             own = (gradient.flatten(1) @ right[path]).cpu().double()
-            outgoing[path] += own @ own.t()
-            incoming[path] += own.t() @ own
+            outgoing[path] = outgoing.get(path, 0) + own @ own.t()
+            incoming[path] = incoming.get(path, 0) + own.t() @ own
     items = int(examples.supervised_counts().sum())
-    return {path: _factored(outgoing[path], incoming[path], items) for path in cores}
-
-
-def _factored(outgoing: Tensor, incoming: Tensor, items: int) -> tuple[Tensor, Tensor]:
-    trace = float(incoming.trace())
-    if trace == 0:  # no document goes through the site
-        return torch.eye(len(outgoing)).double(), incoming
-    return _root(outgoing / trace, _FLOOR), _root(incoming / (2 * items))
+    return {
+        path: (_root(moment / moment.trace(), _FLOOR), _root(incoming[path] / (2 * items)))
+        for path, moment in outgoing.items()
+        if moment.any()
+    }
 
 
 def _gradients(forward: Forward, name: str, examples: Examples, advance: Advance) -> Iterator[dict[str, Tensor]]:

@@ -7,6 +7,7 @@ from rankwise.adapters.lowrank import LowRank, SiteShape
 from rankwise.adapters.parts import core_of, parts_of
 
 SHAPES = [SiteShape(12, 9), SiteShape(9, 12), SiteShape(6, 4, (3, 2)), SiteShape(7, 3, (2, 2, 2)), SiteShape(5, 40)]
+NARROW = [SiteShape(3, 12), SiteShape(12, 3)]
 RANK = 4
 
 
@@ -40,7 +41,7 @@ def test_without_a_root_they_are_the_singular_triplets(shape):
     torch.testing.assert_close(found.left.t() @ found.left, torch.eye(RANK), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("shape", [SiteShape(3, 12), SiteShape(12, 3)], ids=str)
+@pytest.mark.parametrize("shape", NARROW, ids=str)
 def test_a_site_narrower_than_the_rank_has_as_many_parts_as_it_is_wide(shape):
     own = factors(shape)
     found = parts_of(own)
@@ -98,15 +99,20 @@ def test_with_two_roots_no_other_sum_of_so_many_parts_comes_nearer_between_them(
     assert float(found.weights[count:].double().sum()) == pytest.approx(float(best), rel=1e-4, abs=1e-6)
 
 
-def test_directions_that_no_input_uses_are_parts_all_the_same():
+@pytest.mark.parametrize("shape", [*SHAPES, *NARROW], ids=str)
+@pytest.mark.parametrize("rank", [0, 1, RANK])
+def test_directions_that_no_input_uses_are_parts_all_the_same(shape, rank):
     """What a layer's inputs on these documents do not use may be used by others."""
-    own = factors(SiteShape(12, 9))
-    root = torch.zeros(RANK, RANK, dtype=torch.float64)
-    root[:, 0] = torch.randn(RANK)  # E[(Vᵀ·x)(Vᵀ·x)ᵀ] of rank one
-    for outputs in (None, torch.randn(RANK, RANK, dtype=torch.float64)):
-        found = core_of(own).parts(outputs, root)
+    own = factors(shape)
+    core = core_of(own)
+    out, into = core.core.shape
+    root = torch.zeros(into, into, dtype=torch.float64)
+    root[:, :rank] = torch.randn(into, into)[:, :rank]  # E[(Vᵀ·x)(Vᵀ·x)ᵀ] of so low a rank
+    for outputs in (None, torch.randn(out, out, dtype=torch.float64)):
+        found = core.parts(outputs, root)
         torch.testing.assert_close(changed(found), delta(own), rtol=1e-5, atol=1e-5)
-        assert found.weights[1:].max() < 1e-9 < found.weights[0]
+        assert not found.weights[rank:].gt(1e-9).any()
+        assert found.weights[: min(rank, len(found))].gt(1e-9).all()
 
 
 def test_a_change_of_lower_rank_than_its_factors_has_parts_that_are_nothing():

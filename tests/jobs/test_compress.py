@@ -104,7 +104,7 @@ def test_the_pages_are_named_by_the_folder_and_not_by_the_place_it_was_written_i
 
 def test_one_stage_after_the_other_is_told(world, small):
     stages = small["told"].stages
-    assert stages[:3] == [f"loading {world / 'llama'}", "reading the documents", "weighing the parts"]
+    assert stages[:3] == [f"loading {world / 'llama'}", "reading the documents", "looking at gradients"]
     assert any(re.fullmatch(r"\d+% of the parameters, second half", stage) for stage in stages)
     assert stages[-1] == "writing the report"
 

@@ -9,7 +9,7 @@ import rankwise.kernels.grouped as grouped_module
 from rankwise.kernels.grouped import Adapters, Grouped, laid_out, serves_grouped
 from rankwise.kernels.library import native
 
-SIZES = [(48, 32), (50, 39), (200, 136), (34, 17)]  # inputs, outputs
+SIZES = [(48, 32), (50, 39), (200, 136), (34, 17), (40, 421)]  # inputs, outputs
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3}
 ROWS = (1, 2, 3, 4, 5, 7, 16, 70)
 
@@ -64,6 +64,21 @@ def test_a_row_does_not_depend_on_the_rows_beside_it_up_to_four_or_more_than_fou
     turned = torch.arange(11, -1, -1)
     other = grouped.product(x[turned].contiguous(), Adapters.of([(adapters.of_rows[i], 1) for i in turned.tolist()]))
     assert torch.equal(other[turned], whole)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_neighbours_through_one_adapter_are_what_each_is_alone(size, dtype):
+    """Runs of one to nine rows, with a gain and without: four of them are added at once."""
+    numbers = [number for number, count in ((2, 9), (1, 5), (-1, 2), (2, 4), (0, 3), (1, 1)) for _ in range(count)]
+    grouped, x, base, _, _ = case(*size, len(numbers), dtype)
+    whole = grouped.added(x, base.clone(), Adapters.of([(number, 1) for number in numbers]))
+    for i, number in enumerate(numbers):
+        alone = grouped.added(x[i : i + 1], base[i : i + 1].clone(), Adapters.of([(number, 1)]))[0]
+        if serves_grouped(x):
+            assert torch.equal(alone, whole[i])
+        else:  # torch's own products are not the same by the bit
+            torch.testing.assert_close(alone, whole[i])
 
 
 def test_with_no_adapter_it_is_the_layer():

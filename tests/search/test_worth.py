@@ -88,32 +88,47 @@ def test_sites_without_rows_of_inputs_are_listed():
             roots(bank, CORPUS)
 
 
-def by_document(bank, cores, examples):
+def by_document(bank, cores, examples, name="llama"):
     """Gradients of every core by single documents, from transformers' own pass over changed weights, float64."""
     sites = bank.adapter("a").sites
     found = []
     for i in range(len(examples)):
         one = examples.subset([i])
-        model = tiny("llama", torch.float64)
+        model = tiny(name, torch.float64)
+        lying = {path: as_outputs_by_inputs(model.get_submodule(path)) for path in sites}
         with torch.no_grad():
             for path, factors in sites.items():
-                model.get_submodule(path).weight += factors.delta(torch.float64)
+                lying[path] += factors.delta(torch.float64)
         (mean_loss(model, one) * int(one.supervised.sum())).backward()
-        own = {path: model.get_submodule(path).weight.grad for path in sites}
+        own = {path: as_outputs_by_inputs(model.get_submodule(path), grad=True) for path in sites}
         found.append({path: core.left.t() @ own[path] @ core.right for path, core in cores.items()})
     return found
+
+
+def as_outputs_by_inputs(module, *, grad=False):
+    weight = module.weight.grad if grad else module.weight.data
+    return weight if isinstance(module, torch.nn.Linear) else weight.t()  # embeddings and Conv1D lie the other way
 
 
 CORPORA = pytest.mark.parametrize("micro", [CORPUS, random_corpus([7, 7, 7])], ids=["ragged", "even"])
 
 
 @CORPORA
-@pytest.mark.parametrize("rank", [1, 3])
-def test_fisher_roots_are_of_the_gradients_of_single_documents(micro, rank):
-    with Bank(tiny("llama", torch.float64)) as bank:
-        trained(bank, "a", spec(targets=("q_proj", "down_proj"), rank=rank), size=0.1)
+@pytest.mark.parametrize(
+    ("name", "targets", "rank"),
+    [
+        ("llama", ("q_proj", "down_proj"), 1),
+        ("llama", ("q_proj", "down_proj"), 3),
+        ("llama", ("embed_tokens", "k_proj"), 20),  # 16 outputs of k
+        ("gpt2", ("c_attn", "wpe"), 3),  # wte is the head too
+    ],
+)
+def test_fisher_roots_are_of_the_gradients_of_single_documents(micro, name, targets, rank):
+    with Bank(tiny(name, torch.float64)) as bank:
+        trained(bank, "a", spec(targets=targets, rank=rank), size=0.1)
         cores, found = fisher(bank, micro)
-        gradients = by_document(bank, cores, micro)
+        gradients = by_document(bank, cores, micro, name)
+    assert found.keys() == cores.keys()
     items = int(micro.supervised.sum())
     for path, (outputs, inputs) in found.items():
         every = torch.stack([one[path] for one in gradients])
@@ -164,19 +179,14 @@ def test_dropout_that_the_adapter_was_trained_with_plays_no_part():
         torch.testing.assert_close((outputs, inputs), with_dropout[path])
 
 
-def test_what_the_loss_does_not_depend_on_is_worth_nothing_and_is_taken_apart_all_the_same():
+def test_of_what_the_loss_does_not_depend_on_nothing_is_known():
     with Bank(tiny("llama")) as bank:
         trained(bank, "a", spec(targets=("q_proj",)), size=0.05)
         first, *others = bank.adapter("a").sites
         with torch.no_grad():
             bank.model.get_submodule(first.replace("q_proj", "o_proj")).weight.zero_()
-        cores, found = fisher(bank, CORPUS)
-        parts = {path: core.parts(*found[path]) for path, core in cores.items()}
-    assert not parts[first].weights.any()
-    assert all((parts[path].weights > 0).all() for path in others)
-    for path, own in parts.items():
-        delta = cores[path].left @ cores[path].core @ cores[path].right.t()
-        torch.testing.assert_close(own.left * own.values @ own.right, delta.float(), rtol=1e-4, atol=1e-6)
+        _, found = fisher(bank, CORPUS)
+    assert found.keys() == set(others)
 
 
 def test_gradients_that_are_not_finite_are_told_by_document():

@@ -97,6 +97,18 @@ def test_forms(form, dtype):
         assert agree(stepped(held), want)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layers_wider_than_a_thread_takes_at_once(dtype):
+    """Tiles of sixteen outputs, six at a time: 13, 7 and 27 of them here, the last one ragged."""
+    torch.manual_seed(0)
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(**LLAMA | {"hidden_size": 208, "intermediate_size": 421}))
+    bank = three(model.to(dtype).eval())
+    want = expected(bank)
+    with roomy(bank) as held:
+        assert held.as_one == (native() is not None)
+        assert agree(stepped(held), want)
+
+
 def test_modules_trained_whole_and_rows_of_tokens_follow_the_route():
     bank = Bank(tiny("llama"))
     trained(bank, "a", spec(("q_proj",), modules_to_save=("input_layernorm",)), 0, size=0.1)
