@@ -56,7 +56,7 @@ class Core:
             inputs: N `[S, S]`; where it has none, parts are as many all the same, and what N does not see is in them.
 
         Raises:
-            torch.linalg.LinAlgError: G has no inverse.
+            RuntimeError: G has no inverse.
         """
         seen = self.core if outputs is None else outputs.t() @ self.core
         turn, does, _ = torch.linalg.svd(seen if inputs is None else seen @ inputs, full_matrices=False)
