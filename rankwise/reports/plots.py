@@ -303,7 +303,7 @@ def compression_plot(found: Compression, words: Words = USUAL) -> Plot:
     ]
     if not all(size.within for size in found.second):
         keys.append(Key("dots", "worse", "second half, not within"))
-    keys.append(Key("dashed", "worse", f"the tolerance, {plain(found.tolerance)}"))
+    keys.append(Key("dashed", "worse", f"the tolerance, {decimal(found.tolerance, found.decimals)}"))
     note = f"{counted(beyond, 'smaller size')} cost more than the frame shows." if beyond else ""
     return Plot(picture("compression", "Loss by parameters kept", draw, WIDE, NARROW), tuple(keys), note)
 

@@ -18,6 +18,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt
 
+from rankwise.reports.numbers import decimals_for
+
 # Law 10: names are opaque and closed, so that they can stand in a file name, a plot or a table without being read.
 AdapterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
@@ -197,6 +199,11 @@ class Compression:
     def kept(self) -> float:
         """The share of the whole adapter's parameters."""
         return self.parameters["compressed"] / self.parameters["whole"]
+
+    @property
+    def decimals(self) -> int:
+        """That show two digits of how far the bound is from the mean."""
+        return decimals_for(self.delta.high - self.delta.mean)
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,15 @@ def test_the_pages_are_named_by_the_folder_and_not_by_the_place_it_was_written_i
     assert (small["out"] / "README.md").read_text(encoding="utf-8").count("\n# small\n") == 1
 
 
+def test_the_page_has_no_more_digits_than_mean_something(small):
+    page = " ".join((small["out"] / "report.html").read_text(encoding="utf-8").split())
+    said = re.search(r"are kept, [\d.]+ %\. .* were allowed\. What counted for a part: fisher\.", page)
+    assert said is not None
+    share, *nats = re.findall(r"(?<![\d.])\d+\.(\d+)", said[0])
+    assert len(share) == 1
+    assert len({len(decimals) for decimals in nats}) == 1
+
+
 def test_one_stage_after_the_other_is_told(world, small):
     stages = small["told"].stages
     assert stages[:3] == [f"loading {world / 'llama'}", "reading the documents", "looking at gradients"]
