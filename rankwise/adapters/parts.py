@@ -43,9 +43,7 @@ class Core:
 
     def trainable(self) -> LowRank:
         """The change with Q for its B and C·Vᵀ for its A, so that the gradient of C is that of A times V."""
-        shape_A, shape_B = self.shape.factor_shapes(self.left.shape[1])
-        A, B = (self.core @ self.right.t()).float(), self.left.float()
-        return LowRank(A.reshape(shape_A), B.reshape(shape_B), 1.0)
+        return LowRank(*_shaped(self.shape, (self.core @ self.right.t()).float(), self.left.float()), 1.0)
 
     @torch.no_grad()
     def parts(self, outputs: Tensor | None = None, inputs: Tensor | None = None) -> Parts:
@@ -99,18 +97,20 @@ class Parts:
 
     def switchable(self) -> LowRank:
         """All of them in form `adalora`, to be measured: Λ is λ, which directions take part can be said at any time."""
-        A, B = self._shaped(self.right, self.left)
-        return LowRank(A, B, 1.0, lam=self.values.clone())
+        return LowRank(*_shaped(self.shape, self.right, self.left), 1.0, lam=self.values.clone())
 
     def only(self, kept: Sequence[int]) -> LowRank:
         """Some of them as plain A and B with factor 1, each part's norm shared evenly between the two."""
         at = torch.as_tensor(list(kept), dtype=torch.long)
         roots = self.values[at].sqrt()
-        return LowRank(*self._shaped(roots[:, None] * self.right[at], self.left[:, at] * roots), 1.0, self.dropout)
+        factors = _shaped(self.shape, roots[:, None] * self.right[at], self.left[:, at] * roots)
+        return LowRank(*factors, 1.0, self.dropout)
 
-    def _shaped(self, right: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
-        shape_A, shape_B = self.shape.factor_shapes(len(right))
-        return right.reshape(shape_A), left.reshape(shape_B)
+
+def _shaped(shape: SiteShape, right: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
+    """A and B as the site has them, of `[R, I·K]` and `[O, R]`."""
+    shape_A, shape_B = shape.factor_shapes(len(right))
+    return right.reshape(shape_A), left.reshape(shape_B)
 
 
 @torch.no_grad()

@@ -76,7 +76,7 @@ static void NAME(layer)(const Decoder *d, const Layer *layer, const Layer *follo
         i64 tiles = tiles_of(three[i]);
         chunks[i] = share(tiles, SOME);
         before[i + 1] = before[i] + tiles;
-        parts[i + 1] = parts[i] + (tiles + chunks[i] - 1) / chunks[i];
+        parts[i + 1] = parts[i] + pieces(tiles, chunks[i]);
     }
     EACH(phases, parts[3]) {
         int i = task >= parts[2] ? 2 : task >= parts[1];
@@ -107,7 +107,7 @@ static void NAME(layer)(const Decoder *d, const Layer *layer, const Layer *follo
         EACH(phases, rows) NAME(shrink)(&layer->o, adapters[task], out + task * heads * width, shrinks[0] + task * step);
         await(phases++, rows);
     }
-    i64 tiles = tiles_of(&layer->o), each = share(tiles, SOME), tasks = (tiles + each - 1) / each;
+    i64 tiles = tiles_of(&layer->o), each = share(tiles, SOME), tasks = pieces(tiles, each);
     Coming two = {{&layer->gate, &layer->up}, 2, 0, tiles};
     EACH(phases, tasks)
         NAME(outputs)(&layer->o, adapters, out, rows, shrinks[0], step, h, 1, task * each, least(tiles, (task + 1) * each),
@@ -122,7 +122,7 @@ static void NAME(layer)(const Decoder *d, const Layer *layer, const Layer *follo
     }
     await(phases++, rows);
 
-    tiles = tiles_of(&layer->gate), each = share(tiles, SOME), tasks = (tiles + each - 1) / each;
+    tiles = tiles_of(&layer->gate), each = share(tiles, SOME), tasks = pieces(tiles, each);
     EACH(phases, tasks)
         NAME(gated)(layer, adapters, x, rows, shrinks[0], shrinks[1], step, d->activation, wide, task * each,
                     least(tiles, (task + 1) * each));
@@ -133,7 +133,7 @@ static void NAME(layer)(const Decoder *d, const Layer *layer, const Layer *follo
         EACH(phases, rows) NAME(shrink)(&layer->down, adapters[task], wide + task * inputs, shrinks[0] + task * step);
         await(phases++, rows);
     }
-    tiles = tiles_of(&layer->down), each = share(tiles, SOME), tasks = (tiles + each - 1) / each;
+    tiles = tiles_of(&layer->down), each = share(tiles, SOME), tasks = pieces(tiles, each);
     Coming next = {{&following->q, &following->k, &following->v}, 3, 0, tiles};
     EACH(phases, tasks)
         NAME(outputs)(&layer->down, adapters, wide, rows, shrinks[0], step, h, 1, task * each,

@@ -41,6 +41,8 @@ static void await(Phase *phase, i64 tasks) {
 
 static i64 least(i64 a, i64 b) { return a < b ? a : b; }
 
+static i64 pieces(i64 all, i64 each) { return (all + each - 1) / each; }
+
 /* How much of `all` a task takes, `most` at most: there are two tasks for each thread at least, where it can be. */
 static i64 share(i64 all, i64 most) {
     i64 half = all / (2 * omp_get_num_threads());
@@ -113,7 +115,7 @@ INLINE void fetch(const void *from, i64 bytes) {
     for (; line < end; line += 64) _mm_prefetch(line, _MM_HINT_T1);
 }
 
-static i64 tiles_of(const Site *site) { return (site->outputs + LANES - 1) / LANES; }
+static i64 tiles_of(const Site *site) { return pieces(site->outputs, LANES); }
 
 /* Sixteen sums across the lanes of as many vectors. */
 INLINE __m512 across(__m512 v[16]) {

@@ -243,7 +243,7 @@ static void NAME(product)(const Site *site, const i64 *adapters, const NUM *x, N
                           Phase *phases) {
     if (!site->weight) {
         i64 many = share(rows, TOGETHER);
-        EACH(phases, (rows + many - 1) / many) {
+        EACH(phases, pieces(rows, many)) {
             i64 n = task * many;
             NAME(additions)(site, adapters + n, x + n * site->inputs, y + n * site->outputs, least(many, rows - n),
                             shrinks + n * step, step);
@@ -254,7 +254,7 @@ static void NAME(product)(const Site *site, const i64 *adapters, const NUM *x, N
         EACH(phases, rows) NAME(shrink)(site, adapters[task], x + task * site->inputs, shrinks + task * step);
         await(phases, rows);
     }
-    i64 tiles = tiles_of(site), each = share(tiles, SOME), tasks = (tiles + each - 1) / each;
+    i64 tiles = tiles_of(site), each = share(tiles, SOME), tasks = pieces(tiles, each);
     EACH(phases + 1, tasks)
         NAME(outputs)(site, adapters, x, rows, shrinks, step, y, 0, task * each, least(tiles, (task + 1) * each), 0);
 }

@@ -54,7 +54,6 @@ def find_rate(case: Case) -> None:
     too_high: set[float] = set()
     for share in case.budget.rungs:
         rung = _rung(case, sorted(alive), share, too_high)
-        interior = rung.learns and rung.beyond(too_high) is None
         too_high |= rung.too_high
         learnt = [(one.loss, lr) for one, lr in zip(rung.standing, rung.rates, strict=True) if one.loss is not None]
         stay = max(2, len(rung.rates) // 2) if rung.learns else len(rung.rates)
@@ -70,7 +69,7 @@ def find_rate(case: Case) -> None:
     case.record["rate"] = {
         "rank": case.spec.rank,
         "best": rung.rates[rung.best],
-        "interior": interior,
+        "interior": rung.learns and rung.beyond(too_high) is None,
         "alike": alike,
         "rungs": rungs,
     }

@@ -155,7 +155,7 @@ def test_of_rank_one_the_worth_is_the_second_order_term_of_the_loss(micro):
 
 
 def test_all_parts_together_are_worth_what_the_core_is_between_its_factors():
-    """Σ weights = ½·tr(Cᵀ·L·C·M), the second order of leaving out the whole site; of one document it is that of F."""
+    """Σ weights = ½·tr(Cᵀ·L·C·M), whichever parts there are."""
     alone = CORPUS.subset([2])
     with Bank(tiny("llama", torch.float64)) as bank:
         trained(bank, "a", spec(targets=("q_proj",), rank=3), size=0.1)
